@@ -1,0 +1,715 @@
+"""Dataset loaders and backbones that the scripts share; no method lives here.
+
+    image_set = load_image_set("cifar100-20", root="data")       # downloads what can be downloaded
+    loader = make_loader(image_set.train, image_set, 100, device, train=True, generator=generator)
+    for x, y, index in loader: ...                               # (B, 3, H, W), (B,), (B,), all on the device
+    trunk, width = strip_classifier(build_backbone("resnet18"))  # (B, 3, H, W) -> (B, width)
+
+Whatever is wrong with the user's files or names raises InputError with a message of one line.
+"""
+
+import copy
+import importlib.util
+import math
+import pickle
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import v2
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class InputError(ValueError):
+    """The user's input is at fault: the message is one line that says what is wrong and what to do."""
+
+
+########################################################################################################
+# Image sets
+########################################################################################################
+
+
+@dataclass
+class Split:
+    """The training or the test part of an image set."""
+
+    images: torch.Tensor | list[Path]  # uint8 (N, 3, H, W) held in memory, or N files read when needed
+    labels: torch.Tensor  # int64 (N,), the primary classes
+    auxiliary: torch.Tensor | None = None  # int64 (N,), human auxiliary classes where the set has them
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: torch.Tensor) -> "Split":
+        """The split that holds only the images at `index` (int64)."""
+        in_memory = isinstance(self.images, torch.Tensor)
+        images = self.images[index] if in_memory else [self.images[i] for i in index.tolist()]
+        return Split(images, self.labels[index], None if self.auxiliary is None else self.auxiliary[index])
+
+
+@dataclass
+class ImageSet:
+    """An image set with the preprocessing of the WAMAL paper (its published code's CIFAR and SVHN constants)."""
+
+    name: str
+    classes: list[str]  # the primary classes' names
+    train: Split
+    test: Split
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # per channel, of pixels in [0, 1]
+    std: tuple[float, float, float] = (0.2, 0.2, 0.2)
+    padding: int = 4  # in-memory images: zero pixels around the image before the random crop
+    flip: bool = True  # random horizontal flip
+    image_size: int = 32  # side in pixels of what a loader yields
+    resize: int = 32  # files: shorter side before the centre crop at test time
+    hierarchy: list[int] | None = None  # number of human auxiliary classes inside each primary class
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+# CIFAR-100's 20 coarse classes (alphabetical ids) under 10 and those under 3: MAXL supplement, Table 1.
+CIFAR100_LEVEL_10 = {
+    "large animals": (8, 11, 15), "medium animals": (0, 12), "small animals": (1, 16), "invertebrates": (7, 13),
+    "people": (14,), "vegetation": (2, 4, 17), "household objects": (3, 5, 6), "construction": (9,),
+    "natural scenes": (10,), "vehicles": (18, 19),
+}
+CIFAR100_LEVEL_3 = {"animals": (0, 1, 2, 3, 4), "vegetation": (5,), "objects and scenes": (6, 7, 8, 9)}
+CIFAR100_LEVELS = (3, 10, 20, 100)
+
+
+@contextmanager
+def reading(path: Path):
+    """Turn whatever goes wrong while `path` is read into an InputError that names it."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"no file {error.filename or path}") from error
+    except ImportError as error:
+        raise InputError(f"reading {path} needs the package {error.name}: pip install {error.name}") from error
+    except Exception as error:  # pickles, archives and images fail in a dozen ways, all of them a damaged file
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"cannot read {path}: {reason}") from error
+
+
+def ensure_files(name: str, files: list[Path], download: Callable[[], object], hint: str) -> None:
+    """Download the set unless all `files` are there. Files that are there are used as they stand: people
+    re-pack data sets, so checksums are for downloads only."""
+    missing = [str(f) for f in files if not f.exists()]
+    if not missing:
+        return
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        download()
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{name}: no {missing[0]}, and downloading failed ({reason}); {hint}") from error
+
+
+def unpickle(path: Path) -> dict:
+    """The dict in one of CIFAR's pickle files."""
+    with reading(path), open(path, "rb") as file:
+        return pickle.load(file, encoding="latin1")
+
+
+def cifar_images(data: np.ndarray) -> torch.Tensor:
+    """CIFAR's rows (N, 3072) as uint8 images (N, 3, 32, 32)."""
+    return torch.from_numpy(np.ascontiguousarray(data)).reshape(-1, 3, 32, 32)
+
+
+def load_cifar10(root: Path) -> ImageSet:
+    folder = root / "cifar-10-batches-py"
+    files = [folder / f"data_batch_{i}" for i in range(1, 6)] + [folder / "test_batch", folder / "batches.meta"]
+    ensure_files(
+        "cifar10", files, lambda: datasets.CIFAR10(str(root), download=True), f"unpack cifar-10-python.tar.gz in {root}"
+    )
+    splits = []
+    for names in (files[:5], files[5:6]):
+        parts = [unpickle(f) for f in names]
+        with reading(names[0]):
+            images = cifar_images(np.concatenate([p["data"] for p in parts]))
+            splits.append(Split(images, torch.tensor([label for p in parts for label in p["labels"]])))
+    return ImageSet("cifar10", list(unpickle(files[6])["label_names"]), *splits)
+
+
+def cifar100_parents(coarse_of_fine: torch.Tensor) -> dict[int, torch.Tensor]:
+    """For each level of the hierarchy, the class at that level of each of the 100 fine classes, int64 (100,).
+
+    coarse_of_fine: int64 (100,), the official coarse class (0..19) of each fine class.
+    """
+    ten_of_coarse, three_of_ten = torch.empty(20, dtype=torch.long), torch.empty(10, dtype=torch.long)
+    for i, members in enumerate(CIFAR100_LEVEL_10.values()):
+        ten_of_coarse[list(members)] = i
+    for i, members in enumerate(CIFAR100_LEVEL_3.values()):
+        three_of_ten[list(members)] = i
+    ten = ten_of_coarse[coarse_of_fine]
+    return {3: three_of_ten[ten], 10: ten, 20: coarse_of_fine, 100: torch.arange(100)}
+
+
+def load_cifar100(root: Path, level: int, aux_level: int | None) -> ImageSet:
+    """CIFAR-100 with `level` primary classes and the human auxiliary classes of `aux_level` (default 100)."""
+    folder = root / "cifar-100-python"
+    files = [folder / "train", folder / "test", folder / "meta"]
+    hint = f"unpack cifar-100-python.tar.gz in {root}"
+    ensure_files("cifar100", files, lambda: datasets.CIFAR100(str(root), download=True), hint)
+    train, test, meta = map(unpickle, files)
+    with reading(files[0]):
+        fine, coarse = torch.tensor(train["fine_labels"]), torch.tensor(train["coarse_labels"])
+        coarse_of_fine = torch.zeros(100, dtype=torch.long)
+        coarse_of_fine[fine] = coarse
+        parents = cifar100_parents(coarse_of_fine)
+    if level == 100 and aux_level is None:
+        hierarchy, aux_level = None, 100
+    else:
+        aux_level = aux_level or 100
+        if aux_level not in CIFAR100_LEVELS or aux_level <= level:
+            finer = ", ".join(str(n) for n in CIFAR100_LEVELS if n > level)
+            raise InputError(f"cifar100-{level}: the auxiliary level is one of {finer or 'none'}, not {aux_level}")
+        # how many of the finer classes have this class as their parent
+        pairs = torch.stack([parents[level], parents[aux_level]], dim=1).unique(dim=0)
+        hierarchy = pairs[:, 0].bincount(minlength=level).tolist()
+    splits = []
+    for path, part in zip(files, (train, test), strict=False):
+        with reading(path):
+            fine = torch.tensor(part["fine_labels"])
+            auxiliary = None if hierarchy is None else parents[aux_level][fine]
+            splits.append(Split(cifar_images(part["data"]), parents[level][fine], auxiliary))
+    names = {
+        3: list(CIFAR100_LEVEL_3), 10: list(CIFAR100_LEVEL_10),
+        20: meta["coarse_label_names"], 100: meta["fine_label_names"],
+    }
+    return ImageSet(f"cifar100-{level}", list(names[level]), *splits, hierarchy=hierarchy)
+
+
+def load_svhn(root: Path) -> ImageSet:
+    files = [root / "train_32x32.mat", root / "test_32x32.mat"]
+
+    def download():
+        for split in ("train", "test"):
+            datasets.SVHN(str(root), split=split, download=True)
+
+    with reading(files[0]):
+        from scipy.io import loadmat  # optional package: MATLAB files are read by this set alone
+    ensure_files("svhn", files, download, f"put train_32x32.mat and test_32x32.mat into {root}")
+    splits = []
+    for path in files:
+        with reading(path):
+            mat = loadmat(path)
+            images = torch.from_numpy(np.ascontiguousarray(mat["X"].transpose(3, 2, 0, 1)))
+            splits.append(Split(images, torch.from_numpy(mat["y"].astype(np.int64)).reshape(-1) % 10))  # 10 means 0
+    mean, std = (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)
+    return ImageSet("svhn", [str(d) for d in range(10)], *splits, mean=mean, std=std, flip=False)
+
+
+def load_oxford_pet(root: Path) -> ImageSet:
+    folder = root / "oxford-iiit-pet"
+    lists = [folder / "annotations" / "trainval.txt", folder / "annotations" / "test.txt"]
+    hint = f"unpack images.tar.gz and annotations.tar.gz in {folder}"
+    files = [*lists, folder / "images"]
+    ensure_files("oxford-pet", files, lambda: datasets.OxfordIIITPet(str(root), download=True), hint)
+    splits, names = [], {}
+    for path in lists:
+        with reading(path):
+            rows = [line.split() for line in path.read_text().splitlines() if line and not line.startswith("#")]
+            names |= {int(row[1]) - 1: row[0].rsplit("_", 1)[0] for row in rows}
+            images = [folder / "images" / f"{row[0]}.jpg" for row in rows]
+            splits.append(Split(images, torch.tensor([int(row[1]) - 1 for row in rows])))
+    with reading(lists[0]):
+        return ImageSet("oxford-pet", [names[i] for i in range(len(names))], *splits)
+
+
+def load_food101(root: Path) -> ImageSet:
+    folder = root / "food-101"
+    files = [folder / "meta" / "train.txt", folder / "meta" / "test.txt", folder / "images"]
+    hint = f"unpack food-101.tar.gz in {root}"
+    ensure_files("food101", files, lambda: datasets.Food101(str(root), download=True), hint)
+    entries = []
+    for path in files[:2]:
+        with reading(path):
+            entries.append(path.read_text().split())
+    classes = sorted({entry.split("/")[0] for entry in entries[0]})
+    splits = []
+    for path, names in zip(files, entries, strict=False):
+        with reading(path):
+            labels = torch.tensor([classes.index(name.split("/")[0]) for name in names])
+            splits.append(Split([folder / "images" / f"{name}.jpg" for name in names], labels))
+    return ImageSet("food101", classes, *splits)
+
+
+def find_cub200(root: Path) -> Path:
+    """The folder CUB_200_2011 under `root`, downloaded if it is not there."""
+    folder = root / "CUB_200_2011"
+    url = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
+
+    def download():
+        datasets.utils.download_and_extract_archive(
+            url, str(root), filename="CUB_200_2011.tgz", md5="97eceeb196236b17998738112f37df78"
+        )
+
+    names = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "images")
+    ensure_files("cub200", [folder / n for n in names], download, f"unpack CUB_200_2011.tgz in {root}")
+    return folder
+
+
+def load_cub200(root: Path) -> ImageSet:
+    folder = find_cub200(root)
+    columns = []  # three lists, each indexed by image id in the files' common order
+    for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt"):
+        with reading(folder / name):
+            rows = [line.split() for line in (folder / name).read_text().splitlines() if line]
+            columns.append({int(row[0]): row[1] for row in rows})
+    with reading(folder / "image_class_labels.txt"):
+        ids = sorted(columns[0])
+        labels = torch.tensor([int(columns[1][i]) - 1 for i in ids])
+        is_train = torch.tensor([columns[2][i] == "1" for i in ids])
+        everything = Split([folder / "images" / columns[0][i] for i in ids], labels)
+        names = {int(columns[1][i]) - 1: columns[0][i].split("/")[0] for i in ids}
+        classes = [names[c] for c in range(len(names))]
+    train, test = everything.take(is_train.nonzero()[:, 0]), everything.take((~is_train).nonzero()[:, 0])
+    return ImageSet("cub200", classes, train, test)
+
+
+def load_cub200_attributes(root: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """CUB's 312 binary attributes: present (N, 312) bool and certainty (N, 312) uint8 in 0..4 (0 where the
+    annotators gave none), N = training then test images, in the order of `load_image_set("cub200", root)`."""
+    folder = find_cub200(Path(root))
+    path = folder / "attributes" / "image_attribute_labels.txt"
+    with reading(path):
+        # a few of the official rows carry stray columns after the fourth, so no fixed-width parser
+        rows = np.array([line.split(maxsplit=4)[:4] for line in path.read_text().splitlines() if line], dtype=np.int64)
+    with reading(folder / "train_test_split.txt"):
+        lines = (folder / "train_test_split.txt").read_text().splitlines()
+        is_train = {int(i): flag == "1" for i, flag in (line.split() for line in lines if line)}
+    order = sorted(is_train, key=lambda i: (not is_train[i], i))
+    row_of_id = {image_id: row for row, image_id in enumerate(order)}
+    present, certainty = torch.zeros(len(order), 312, dtype=torch.bool), torch.zeros(len(order), 312, dtype=torch.uint8)
+    with reading(path):
+        at = torch.tensor([row_of_id[i] for i in rows[:, 0].tolist()]), torch.from_numpy(rows[:, 1] - 1)
+        present[at], certainty[at] = torch.from_numpy(rows[:, 2] == 1), torch.from_numpy(rows[:, 3].astype(np.uint8))
+    return present, certainty
+
+
+def load_folder(path: Path) -> ImageSet:
+    """The user's own images, PATH/{train,test}/<class>/*."""
+    splits, classes = [], []
+    for part in ("train", "test"):
+        if not (path / part).is_dir():
+            raise InputError(f"folder: no {path / part}; the layout is PATH/train/<class>/* and PATH/test/<class>/*")
+        found = sorted(p.name for p in (path / part).iterdir() if p.is_dir())
+        classes = classes or found
+        unknown = sorted(set(found) - set(classes))
+        if unknown:
+            raise InputError(f"folder: {path / part} has the class {unknown[0]!r}, which {path / 'train'} lacks")
+        images, labels = [], []
+        for name in found:
+            files = sorted(p for p in (path / part / name).rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            if not files and part == "train":
+                raise InputError(f"folder: no images ({', '.join(IMG_EXTENSIONS)}) in {path / part / name}")
+            images += files
+            labels += [classes.index(name)] * len(files)
+        if not images:
+            raise InputError(f"folder: no images ({', '.join(IMG_EXTENSIONS)}) in {path / part}/<class>/")
+        splits.append(Split(images, torch.tensor(labels)))
+    return ImageSet(f"folder-{path.resolve().name}", classes, *splits)
+
+
+def make_synthetic(
+    num_train: int = 2000,
+    num_test: int = 1000,
+    coarse: int = 4,
+    fine: int = 4,
+    size: int = 32,
+    noise: float = 1.0,
+    difficulty: float = 0.4,
+    seed: int = 0,
+) -> ImageSet:
+    """Images made in memory: `coarse` primary classes, each of `fine` visually unrelated colour patterns.
+
+    A primary class has no look of its own, only its fine classes have: what a network must find to tell the
+    primary classes apart is exactly the auxiliary structure that label-generating methods look for.
+
+    num_train, num_test: images, spread evenly over the coarse x fine patterns.  size: side in pixels.
+    noise: standard deviation of the pixel noise, in units of the patterns' own.
+    difficulty: in [0, 1), the share of a second, randomly chosen pattern that is blended into each image.
+    seed: the data's own seed, so that runs with different seeds see the same data set.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    patterns = F.interpolate(torch.randn(coarse * fine, 3, 4, 4, generator=generator), size=size, mode="bicubic")
+    patterns = (patterns - patterns.mean((1, 2, 3), keepdim=True)) / patterns.std((1, 2, 3), keepdim=True)
+    splits = []
+    for n in (num_train, num_test):
+        auxiliary = torch.arange(n) % (coarse * fine)
+        auxiliary = auxiliary[torch.randperm(n, generator=generator)]
+        other = torch.randint(coarse * fine, (n,), generator=generator)
+        x = (1 - difficulty) * patterns[auxiliary] + difficulty * patterns[other]
+        x = x + noise * torch.randn(x.shape, generator=generator)
+        splits.append(Split((x * 40 + 128).round().clamp(0, 255).to(torch.uint8), auxiliary // fine, auxiliary))
+    classes = [f"class {i}" for i in range(coarse)]
+    return ImageSet("synthetic", classes, *splits, flip=False, image_size=size, resize=size, hierarchy=[fine] * coarse)
+
+
+LOADERS = {
+    "cifar10": load_cifar10, "svhn": load_svhn, "oxford-pet": load_oxford_pet,
+    "food101": load_food101, "cub200": load_cub200,
+}
+IMAGE_SETS = ("cifar10", *(f"cifar100-{n}" for n in CIFAR100_LEVELS), *list(LOADERS)[1:], "folder:PATH", "synthetic")
+
+
+def load_image_set(
+    name: str, root: str | Path = "data", *, aux_level: int | None = None, image_size: int | None = None
+) -> ImageSet:
+    """An image set by name (one of IMAGE_SETS), from `root`, downloaded there if it is not there yet.
+
+    aux_level: for cifar100-N, the finer level (10, 20 or 100) that gives the human auxiliary labels.
+    image_size: for the sets that are read from files, the side in pixels of what loaders yield (default 224).
+    Raises InputError: unknown name, missing data that cannot be downloaded, damaged file.
+    """
+    root = Path(root)
+    if aux_level is not None and not name.startswith("cifar100-"):
+        raise InputError(f"{name}: only the cifar100-N sets have auxiliary levels")
+    if name == "synthetic":
+        image_set = make_synthetic()
+    elif name in {f"cifar100-{n}" for n in CIFAR100_LEVELS}:
+        image_set = load_cifar100(root, int(name.split("-")[1]), aux_level)
+    elif name.startswith("folder:") and len(name) > len("folder:"):
+        image_set = load_folder(Path(name.removeprefix("folder:")))
+    elif name in LOADERS:
+        image_set = LOADERS[name](root)
+    else:
+        raise InputError(f"unknown dataset {name!r}; the sets are {', '.join(IMAGE_SETS)}")
+    if isinstance(image_set.train.images, torch.Tensor):
+        if image_size is not None:
+            raise InputError(f"{name}: the image size is fixed at {image_set.image_size} pixels")
+        return image_set
+    size = image_size or 224
+    return replace(image_set, mean=IMAGENET_MEAN, std=IMAGENET_STD, image_size=size, resize=round(size * 256 / 224))
+
+
+def stratified_subset(labels: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
+    """Sorted indices of a random `fraction` (0..1) of each class in `labels` (N,), at least one image of each."""
+    order = torch.randperm(len(labels), generator=generator)
+    members = [order[labels[order] == c] for c in labels.unique()]
+    return torch.cat([m[: max(1, round(fraction * len(m)))] for m in members]).sort().values
+
+
+def hold_out(split: Split, fraction: float, generator: torch.Generator) -> tuple[Split, Split]:
+    """The split without a random `fraction` (0..1) of each of its classes, and that part."""
+    held_out = stratified_subset(split.labels, fraction, generator)
+    kept = torch.ones(len(split), dtype=torch.bool).index_fill_(0, held_out, False)
+    return split.take(kept.nonzero()[:, 0]), split.take(held_out)
+
+
+def corrupt_labels(split: Split, fraction: float, num_classes: int, generator: torch.Generator) -> tuple[Split, torch.Tensor]:
+    """The split with about that share of its primary labels replaced by another class, all others equally likely, and
+    which they are, bool (N,)."""
+    noisy = torch.rand(len(split), generator=generator) < fraction
+    shift = torch.randint(1, max(2, num_classes), (len(split),), generator=generator)
+    labels = torch.where(noisy, (split.labels + shift) % num_classes, split.labels)
+    return replace(split, labels=labels), noisy
+
+
+########################################################################################################
+# Loaders: for x, y, index in loader, with x float (B, 3, S, S), y int64 (B,), index int64 (B,) into the split
+########################################################################################################
+
+
+class DeviceLoader:
+    """Batches of an in-memory split that lives on the device as uint8; crop, flip and normalisation are batched
+    tensor operations there. A pass draws its order and its crops at once when it begins, from `generator` (one
+    of the device's), so nothing later in the epoch needs the host and a resumed run draws the same."""
+
+    def __init__(self, split: Split, image_set: ImageSet, batch_size: int, device, *, train: bool, generator=None):
+        self.images, self.labels = split.images.to(device), split.labels.to(device)
+        self.batch_size, self.device, self.train, self.generator = batch_size, device, train, generator
+        self.padding, self.flip = image_set.padding, image_set.flip
+        self.mean, self.std = channel_constants(image_set, device)
+        self.rows = torch.arange(image_set.image_size, device=device)
+
+    def __len__(self) -> int:
+        return number_of_batches(len(self.labels), self.batch_size, self.train)
+
+    def __iter__(self):
+        n, device = len(self.labels), self.device
+        order = torch.arange(n, device=device)
+        if self.train:
+            draw = {"generator": self.generator, "device": device}
+            order = torch.randperm(n, **draw)
+            top, left = torch.randint(2 * self.padding + 1, (2, n), **draw)  # in pixels of the padded image
+            mirrored = (torch.rand(n, **draw) < 0.5) & self.flip
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            at = slice(start, start + self.batch_size)
+            index = order[at]
+            x = self.images[index]
+            if self.train:
+                x = self.crop(x, top[at], left[at], mirrored[at])
+            yield to_layout((x.float() - self.mean) / self.std), self.labels[index], index
+
+    def crop(self, x, top, left, mirrored):
+        """Zero-pad (B, 3, S, S), cut an S x S window at (top, left) and mirror it where told, in one gather."""
+        x = F.pad(x, [self.padding] * 4)
+        rows = self.rows + top[:, None]  # (B, S)
+        columns = torch.where(mirrored[:, None], self.rows.flip(0), self.rows) + left[:, None]  # (B, S)
+        batch = torch.arange(len(x), device=x.device)[:, None, None, None]
+        channel = torch.arange(3, device=x.device)[:, None, None]
+        return x[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+class ImageFiles(Dataset):
+    """Reads the image at (index, seed); the seed alone decides its random crop, whichever worker reads it."""
+
+    def __init__(self, files: list[Path], transform):
+        self.files, self.transform = files, transform
+
+    def __getitem__(self, key: tuple[int, int]):
+        index, seed = key
+        with reading(self.files[index]), Image.open(self.files[index]) as image:
+            image = image.convert("RGB")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), index
+
+
+class SeededBatches:
+    """Batches of (index, seed) for ImageFiles, all drawn from `generator` when a pass begins."""
+
+    def __init__(self, n: int, batch_size: int, train: bool, generator: torch.Generator | None):
+        self.n, self.batch_size, self.train, self.generator = n, batch_size, train, generator
+
+    def __len__(self) -> int:
+        return number_of_batches(self.n, self.batch_size, self.train)
+
+    def __iter__(self):
+        order, seeds = range(self.n), [0] * self.n
+        if self.train:
+            order = torch.randperm(self.n, generator=self.generator).tolist()
+            seeds = torch.randint(2**62, (self.n,), generator=self.generator).tolist()
+        keys = list(zip(order, seeds, strict=True))
+        return iter([keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))])
+
+
+class FileLoader:
+    """Batches of a split that is read from files by worker processes; `generator` is one of the CPU's."""
+
+    def __init__(
+        self, split: Split, image_set: ImageSet, batch_size: int, device, *, train: bool, generator=None, workers=0
+    ):
+        size = image_set.image_size
+        if train:
+            steps = [v2.RandomResizedCrop(size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(0.5 * image_set.flip)]
+        else:
+            steps = [v2.Resize(image_set.resize), v2.CenterCrop(size)]
+        self.loader = DataLoader(
+            ImageFiles(split.images, v2.Compose([*steps, v2.PILToTensor()])),
+            batch_sampler=SeededBatches(len(split), batch_size, train, generator),
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # the loader's own draws must not move the run's generators
+        )
+        self.labels, self.device = split.labels.to(device), device
+        self.mean, self.std = channel_constants(image_set, device)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        try:
+            for x, index in self.loader:
+                x, index = x.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
+                yield to_layout((x.float() - self.mean) / self.std), self.labels[index], index
+        except InputError as error:  # a worker's exception arrives with the worker's traceback for a message
+            raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
+
+
+def make_loader(split: Split, image_set: ImageSet, batch_size: int, device, *, train, generator=None, workers=0):
+    """The loader that fits the split. Training: shuffled, augmented, whole batches only (every step has the same
+    shape, and batch norm never sees a stray image). Otherwise: in order, plain, every image.
+
+    generator: a torch.Generator on the device for in-memory sets, on the CPU for files (`loader_generator`).
+    """
+    if train and batch_size > len(split):
+        raise InputError(f"a batch of {batch_size} is more than the {len(split)} training images of this split")
+    if isinstance(split.images, torch.Tensor):
+        return DeviceLoader(split, image_set, batch_size, device, train=train, generator=generator)
+    return FileLoader(split, image_set, batch_size, device, train=train, generator=generator, workers=workers)
+
+
+def loader_generator(image_set: ImageSet, device, seed: int) -> torch.Generator:
+    """A seeded generator where the set's loaders draw: on the device for in-memory sets, on the CPU for files."""
+    in_memory = isinstance(image_set.train.images, torch.Tensor)
+    return torch.Generator(device if in_memory else "cpu").manual_seed(seed)
+
+
+def number_of_batches(n: int, batch_size: int, train: bool) -> int:
+    return n // batch_size if train else math.ceil(n / batch_size)
+
+
+def channel_constants(image_set: ImageSet, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation per channel in units of uint8 pixels, each (3, 1, 1)."""
+    return tuple(255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (image_set.mean, image_set.std))
+
+
+def to_layout(x: torch.Tensor) -> torch.Tensor:
+    """Channels-last on CUDA, where convolutions run faster on it."""
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+
+
+########################################################################################################
+# Backbones: classifiers, whose last layer strip_classifier takes off
+########################################################################################################
+
+
+def vgg16_cifar(num_classes: int = 10) -> nn.Module:
+    """VGG-16 for 32x32 images as in MAXL's and WAMAL's code: 13 convolutions with batch norm, 512 features."""
+    layers, channels = [], 3
+    for width, convolutions in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+            channels = width
+        layers.append(nn.MaxPool2d(2))
+    # the pooled map is one pixel at 32x32; averaging lets larger images through
+    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, num_classes))
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    return net
+
+
+def resnet18_cifar(num_classes: int = 10) -> nn.Module:
+    """ResNet-18 with the 3x3 stem and no max-pool that 32x32 images need, 512 features."""
+    net = torchvision.models.resnet18(num_classes=num_classes)
+    net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    net.maxpool = nn.Identity()
+    return net
+
+
+def convnet4(num_classes: int = 10) -> nn.Module:
+    """The 4-layer ConvNet of MAOAL's CIFAR experiments: 4 unpadded 3x3 convolutions of 32 channels, 512 features."""
+    layers, channels = [], 3
+    for _ in range(2):
+        for _ in range(2):
+            layers += [nn.Conv2d(channels, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True)]
+            channels = 32
+        layers.append(nn.MaxPool2d(2))
+    # the map is 5x5 at 32x32; averaging lets larger images through
+    head = [nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(32 * 5 * 5, 512), nn.BatchNorm1d(512)]
+    return nn.Sequential(*layers, *head, nn.Linear(512, num_classes))
+
+
+BACKBONES = {"vgg16-cifar": vgg16_cifar, "resnet18-cifar": resnet18_cifar, "convnet4": convnet4}
+
+
+def backbone_names() -> list[str]:
+    """Ours, then every image classifier of torchvision.models."""
+    return [*BACKBONES, *torchvision.models.list_models(module=torchvision.models)]
+
+
+def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
+    """A classifier by name (`backbone_names`), or FILE.py:FUNCTION: what that function returns, called without
+    arguments. `pretrained` loads torchvision's default weights. Raises InputError."""
+    path, _, function = name.rpartition(":")
+    if pretrained and (path or name in BACKBONES):
+        raise InputError(f"there are no pretrained weights for {name}; torchvision's models have some")
+    if path:
+        with reading(Path(path)):
+            spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return getattr(module, function)()
+    if name in BACKBONES:
+        return BACKBONES[name]()
+    if name not in backbone_names():
+        raise InputError(f"unknown backbone {name!r}; known are {', '.join(backbone_names())}, and FILE.py:FUNCTION")
+    if not pretrained:
+        return torchvision.models.get_model(name, weights=None)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        return torchvision.models.get_model(name, weights=weights)
+    except OSError as error:
+        place = Path(torch.hub.get_dir()) / "checkpoints"
+        raise InputError(
+            f"cannot download the weights of {name} ({error}); put {Path(weights.url).name} into {place}, or train"
+            " from scratch with --no-pretrained"
+        ) from error
+
+
+def with_weights_transforms(image_set: ImageSet, backbone: str, image_size: int | None) -> ImageSet:
+    """The image set with the size, mean and standard deviation that torchvision's weights were trained with.
+    In-memory sets keep theirs, as in the paper's fine-tuning on CIFAR-10."""
+    if isinstance(image_set.train.images, torch.Tensor):
+        return image_set
+    transform = torchvision.models.get_model_weights(backbone).DEFAULT.transforms()
+    size = image_size or transform.crop_size[0]
+    resize = round(size * transform.resize_size[0] / transform.crop_size[0])
+    return replace(image_set, mean=transform.mean, std=transform.std, image_size=size, resize=resize)
+
+
+class Features(nn.Module):
+    """A stripped classifier: (B, 3, H, W) -> (B, width)."""
+
+    def __init__(self, model: nn.Module, width: int):
+        super().__init__()
+        self.model, self.width = model, width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.model(x)
+        return features.mean((2, 3)) if features.dim() == 4 else features  # a 1x1 convolution leaves a map
+
+
+def strip_classifier(classifier: nn.Module) -> tuple[nn.Module, int]:
+    """A copy of `classifier` without its classification layer, and the width of the features it gives.
+
+    The classification layer is the last Linear or 1x1 convolution in the order in which the modules were
+    registered, which is the order of the forward pass in every model of torchvision. Auxiliary classifiers
+    (GoogLeNet, Inception v3) are dropped, so that the main output comes out in train mode too. The model is not
+    run, and not changed. Raises InputError if there is no such layer.
+    """
+    model = copy.deepcopy(classifier)
+    for name in ("aux1", "aux2", "AuxLogits"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            setattr(model, name, None)
+            model.aux_logits = False
+    layers = [(name, m) for name, m in model.named_modules() if is_linear(m)]
+    if not layers:
+        raise InputError(f"{type(model).__name__} has no Linear layer or 1x1 convolution to take off")
+    name, layer = layers[-1]
+    width = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    if not name:  # the classifier is that layer
+        return Features(nn.Identity(), width), width
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Identity())
+    return Features(model, width), width
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+
+
+@torch.no_grad()
+def check_trunk(trunk: nn.Module, name: str, image_size: int) -> None:
+    """Raise InputError unless `trunk` (of strip_classifier) turns images of that size into features of its width."""
+    training = trunk.training
+    try:
+        shape = tuple(trunk.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
+    except Exception as error:  # whatever a user's own forward raises
+        reason = " ".join(str(error).split())
+        raise InputError(f"backbone {name} does not take {image_size}x{image_size} images: {reason}") from error
+    if shape != (1, trunk.width):
+        raise InputError(f"backbone {name}: stripped, it gives features of shape {shape[1:]} instead of ({trunk.width},);"
+                         " its classification layer must be the last Linear or 1x1 convolution that it registers")
+    trunk.train(training)

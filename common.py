@@ -327,7 +327,7 @@ def load_folder(path: Path) -> ImageSet:
 
 
 def make_synthetic(
-    num_train: int = 2000,
+    num_train: int = 1000,
     num_test: int = 1000,
     coarse: int = 4,
     fine: int = 4,
@@ -369,12 +369,19 @@ IMAGE_SETS = ("cifar10", *(f"cifar100-{n}" for n in CIFAR100_LEVELS), *list(LOAD
 
 
 def load_image_set(
-    name: str, root: str | Path = "data", *, aux_level: int | None = None, image_size: int | None = None
+    name: str,
+    root: str | Path = "data",
+    *,
+    aux_level: int | None = None,
+    image_size: int | None = None,
+    weights_of: str | None = None,
 ) -> ImageSet:
     """An image set by name (one of IMAGE_SETS), from `root`, downloaded there if it is not there yet.
 
     aux_level: for cifar100-N, the finer level (10, 20 or 100) that gives the human auxiliary labels.
     image_size: for the sets that are read from files, the side in pixels of what loaders yield (default 224).
+    weights_of: a torchvision model whose pretrained weights' size, mean and standard deviation these sets get instead of
+        ImageNet's. In-memory sets keep their own, as in the paper's fine-tuning on CIFAR-10.
     Raises InputError: unknown name, missing data that cannot be downloaded, damaged file.
     """
     root = Path(root)
@@ -394,8 +401,12 @@ def load_image_set(
         if image_size is not None:
             raise InputError(f"{name}: the image size is fixed at {image_set.image_size} pixels")
         return image_set
-    size = image_size or 224
-    return replace(image_set, mean=IMAGENET_MEAN, std=IMAGENET_STD, image_size=size, resize=round(size * 256 / 224))
+    mean, std, crop, resize = IMAGENET_MEAN, IMAGENET_STD, 224, 256
+    if weights_of in backbone_names() and weights_of not in BACKBONES:
+        transform = torchvision.models.get_model_weights(weights_of).DEFAULT.transforms()
+        mean, std, crop, resize = transform.mean, transform.std, transform.crop_size[0], transform.resize_size[0]
+    size = image_size or crop
+    return replace(image_set, mean=mean, std=std, image_size=size, resize=round(size * resize / crop))
 
 
 def stratified_subset(labels: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
@@ -483,21 +494,23 @@ class ImageFiles(Dataset):
 
 
 class SeededBatches:
-    """Batches of (index, seed) for ImageFiles, all drawn from `generator` when a pass begins."""
+    """A batch sampler for ImageFiles. A pass's order and seeds are drawn by `draw` and not by iter(), which a DataLoader
+    calls once or twice, depending on its workers."""
 
     def __init__(self, n: int, batch_size: int, train: bool, generator: torch.Generator | None):
         self.n, self.batch_size, self.train, self.generator = n, batch_size, train, generator
+        self.keys = [(i, 0) for i in range(n)]  # (index, seed) of each image
+
+    def draw(self) -> None:
+        if self.train:
+            order = torch.randperm(self.n, generator=self.generator).tolist()
+            self.keys = list(zip(order, torch.randint(2**62, (self.n,), generator=self.generator).tolist(), strict=True))
 
     def __len__(self) -> int:
         return number_of_batches(self.n, self.batch_size, self.train)
 
     def __iter__(self):
-        order, seeds = range(self.n), [0] * self.n
-        if self.train:
-            order = torch.randperm(self.n, generator=self.generator).tolist()
-            seeds = torch.randint(2**62, (self.n,), generator=self.generator).tolist()
-        keys = list(zip(order, seeds, strict=True))
-        return iter([keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))])
+        return iter([self.keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))])
 
 
 class FileLoader:
@@ -511,9 +524,10 @@ class FileLoader:
             steps = [v2.RandomResizedCrop(size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(0.5 * image_set.flip)]
         else:
             steps = [v2.Resize(image_set.resize), v2.CenterCrop(size)]
+        self.batches = SeededBatches(len(split), batch_size, train, generator)
         self.loader = DataLoader(
             ImageFiles(split.images, v2.Compose([*steps, v2.PILToTensor()])),
-            batch_sampler=SeededBatches(len(split), batch_size, train, generator),
+            batch_sampler=self.batches,
             num_workers=workers,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -526,6 +540,7 @@ class FileLoader:
         return len(self.loader)
 
     def __iter__(self):
+        self.batches.draw()
         try:
             for x, index in self.loader:
                 x, index = x.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
@@ -636,7 +651,9 @@ def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
     if name not in backbone_names():
         raise InputError(f"unknown backbone {name!r}; known are {', '.join(backbone_names())}, and FILE.py:FUNCTION")
     if not pretrained:
-        return torchvision.models.get_model(name, weights=None)
+        # asked for by name, because the default is announced to change
+        options = {"init_weights": True} if name in ("googlenet", "inception_v3") else {}
+        return torchvision.models.get_model(name, weights=None, **options)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         return torchvision.models.get_model(name, weights=weights)
@@ -646,17 +663,6 @@ def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
             f"cannot download the weights of {name} ({error}); put {Path(weights.url).name} into {place}, or train"
             " from scratch with --no-pretrained"
         ) from error
-
-
-def with_weights_transforms(image_set: ImageSet, backbone: str, image_size: int | None) -> ImageSet:
-    """The image set with the size, mean and standard deviation that torchvision's weights were trained with.
-    In-memory sets keep theirs, as in the paper's fine-tuning on CIFAR-10."""
-    if isinstance(image_set.train.images, torch.Tensor):
-        return image_set
-    transform = torchvision.models.get_model_weights(backbone).DEFAULT.transforms()
-    size = image_size or transform.crop_size[0]
-    resize = round(size * transform.resize_size[0] / transform.crop_size[0])
-    return replace(image_set, mean=transform.mean, std=transform.std, image_size=size, resize=resize)
 
 
 class Features(nn.Module):
@@ -705,11 +711,10 @@ def check_trunk(trunk: nn.Module, name: str, image_size: int) -> None:
     """Raise InputError unless `trunk` (of strip_classifier) turns images of that size into features of its width."""
     training = trunk.training
     try:
-        shape = tuple(trunk.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
+        reason = f"it gives {tuple(trunk.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1:])}"
     except Exception as error:  # whatever a user's own forward raises
         reason = " ".join(str(error).split())
-        raise InputError(f"backbone {name} does not take {image_size}x{image_size} images: {reason}") from error
-    if shape != (1, trunk.width):
-        raise InputError(f"backbone {name}: stripped, it gives features of shape {shape[1:]} instead of ({trunk.width},);"
-                         " its classification layer must be the last Linear or 1x1 convolution that it registers")
+    if reason != f"it gives ({trunk.width},)":
+        raise InputError(f"backbone {name}, without the last Linear or 1x1 convolution that it registers, does not turn"
+                         f" {image_size}x{image_size} images into {trunk.width} features: {reason}")
     trunk.train(training)

@@ -126,7 +126,8 @@ def main(argv=None) -> dict:
         print(json.dumps(wamal.peak_memory_mib(device)))
         return {}
 
-    flags = [w for k in ("script", "backbone", "batch_size", "image_size", "device") for w in (f"--{k.replace('_', '-')}", str(vars(args)[k]))]
+    flags = ["--script", args.script, "--backbone", args.backbone, "--device", args.device]
+    flags += ["--batch-size", str(args.batch_size), "--image-size", str(args.image_size)]
     memory = {}
     for name in PARTS[args.script]:  # first, because a child's peak starts from what its parent holds
         command = [sys.executable, __file__, *flags, "--memory-of", name]
@@ -136,8 +137,8 @@ def main(argv=None) -> dict:
     for name, (a, b) in pairs.items():
         seconds[name] = [s + t for s, t in zip(seconds[a], seconds[b], strict=True)]
     rows = {}
-    print(f"{args.script}, {args.backbone}, batch {args.batch_size}, {args.image_size}x{args.image_size}, {device}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads, medians of {args.repetitions}\n")
+    print(f"{args.script}, {args.backbone}, batch {args.batch_size}, {args.image_size}x{args.image_size}, {device}, "
+          f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {args.repetitions}\n")
     print("| step | milliseconds | in plain steps | images/s | peak MiB |\n|---|---|---|---|---|")
     for name, values in seconds.items():
         ratio = statistics.median(v / p for v, p in zip(values, seconds["plain"], strict=True))
@@ -146,8 +147,9 @@ def main(argv=None) -> dict:
         mib = f"{memory[name]:.0f}" if name in memory else ""
         print(f"| {name} | {1000 * median:.1f} | {ratio:.2f} | {args.batch_size / median:.0f} | {mib} |")
     share = statistics.median(a / b for a, b in zip(seconds["both phases"], seconds["textbook both phases"], strict=True))
-    print(f"\nboth phases: {share:.2f} of the textbook's time; label step: {memory['label'] / memory['textbook label']:.2f} of its memory")
-    return {"rows": rows, "time_share": share, "memory_share": memory["label"] / memory["textbook label"]}
+    memory_share = memory["label"] / memory["textbook label"]
+    print(f"\nboth phases: {share:.2f} of the textbook's time; label step: {memory_share:.2f} of its memory")
+    return {"rows": rows, "time_share": share, "memory_share": memory_share}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,399 @@
+"""What every script promises, whatever its method: add a script's name to SCRIPTS (and a line to TINY) to hold it to it."""
+
+import ast
+import importlib
+import inspect
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SCRIPTS = ["wamal"]
+TINY = {  # arguments of a run of a few seconds on data made in memory; the checkpoint's entries that must change in it
+    "wamal": (["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--epochs", "2", "--max-steps", "3"],
+              ["primary", "label_network"]),
+}
+PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
+            "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]
+SECTIONS = ["Networks", "Losses and the bi-level step", "Plumbing: the same text in all six scripts", "Training"]
+TIMINGS = {"seconds", "images_per_second", "milliseconds_per_step", "peak_memory_mib"}
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return importlib.import_module(request.param)
+
+
+def name_of(script) -> str:
+    return Path(script.__file__).stem
+
+
+def tiny(script, out_dir, *more) -> list[str]:
+    return [*TINY[name_of(script)][0], "--device", "cpu", "--out-dir", str(out_dir), *map(str, more)]
+
+
+def shell(script, *arguments):
+    return subprocess.run([sys.executable, script.__file__, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+def numbers(folder) -> list[dict]:
+    """The run's metrics without what the clock decides."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMINGS} for line in lines]
+
+
+def same_state(a, b) -> bool:
+    """Two checkpoints, entry by entry, bit by bit; their histories without what the clock decides."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in TIMINGS)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same_state(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def refuses(script, capsys, *arguments) -> str:
+    """The script ends with code 2 and one line; returns it."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if "Warning" not in line and not line.startswith("  ")]
+    assert len(lines) == 1 and lines[0].startswith(f"{name_of(script)}.py: error: "), error
+    return lines[0]
+
+
+# ---------------------------------------- Shape ----------------------------------------
+
+
+def test_sections_and_entry_points_come_in_the_common_order(script):
+    source = Path(script.__file__).read_text()
+    at = [source.index(f"# -------- {section} ") for section in SECTIONS]
+    assert at == sorted(at)
+    order = [source.index(f"\ndef {name}(") for name in ("parse_args", "fail", "evaluate", "train", "main")]
+    assert order == sorted(order)
+    assert source.startswith('"""') and source.rstrip().endswith("main()")
+    assert len(source.splitlines()) <= 700
+
+
+def test_plumbing_is_the_same_text_in_every_script(script):
+    for name in PLUMBING:
+        ours, first = (inspect.getsource(getattr(m, name)) for m in (script, importlib.import_module(SCRIPTS[0])))
+        assert ours == first, f"{name} has drifted"
+
+
+def test_scripts_import_no_sibling_and_public_functions_are_documented(script):
+    tree = ast.parse(Path(script.__file__).read_text())
+    imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    assert not imported & ({"wamal", "maxl", "auxilearn", "maoal", "soft_order", "mtl_nas"} - {name_of(script)})
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+
+
+def test_common_stays_within_its_limit():
+    assert len((ROOT / "common.py").read_text().splitlines()) <= 900
+
+
+def test_help_from_the_shell(script):
+    result = shell(script, "--help")
+    assert result.returncode == 0 and "--dataset" in result.stdout and result.stderr == ""
+
+
+def test_every_flag_has_a_help_sentence(script, monkeypatch):
+    import argparse
+
+    seen = []
+    original = argparse.ArgumentParser.parse_args
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda p, *a: (seen.append(p), original(p, *a))[1])
+    script.parse_args([])
+    flags = [action for action in seen[0]._actions if action.dest != "help"]
+    assert all(action.help for action in flags)
+    wanted = {"dataset", "data_root", "method", "epochs", "max_steps", "batch_size", "lr", "seed", "seeds", "device", "out_dir"}
+    assert wanted | {"resume", "plot"} <= {action.dest for action in flags}
+
+
+# ---------------------------------------- A run ----------------------------------------
+
+
+def test_tiny_run_leaves_its_files_and_changes_every_network(script, tmp_path):
+    summary = script.main(tiny(script, tmp_path))
+    folder = Path(summary["folder"])
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "last.pt", "metrics.jsonl", "summary.json"]
+    assert json.loads((folder / "summary.json").read_text()) == summary
+    config = json.loads((folder / "config.json").read_text())
+    assert config["machine"]["threads"] == torch.get_num_threads() and config["arguments"]["seed"] == 0
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in metrics] == [1, 2]
+    assert all(line["images_per_second"] > 0 and line["milliseconds_per_step"] > 0 for line in metrics)
+    assert summary["test_accuracy"] == metrics[-1]["test_accuracy"]
+    assert summary["best_test_accuracy"] == max(line["test_accuracy"] for line in metrics)
+
+    one = Path(script.main(tiny(script, tmp_path / "one", "--epochs", 1))["folder"])
+    states = [torch.load(f / "last.pt", weights_only=True) for f in (one, folder)]
+    for network in TINY[name_of(script)][1]:
+        for name, value in states[0][network].items():
+            if name.endswith("weight"):
+                assert not torch.equal(value, states[1][network][name]), f"{network}.{name} did not change in the second epoch"
+
+
+def test_same_seed_same_numbers_other_seed_others(script, tmp_path):
+    folders = [script.main(tiny(script, tmp_path / str(i), "--seed", s))["folder"] for i, s in enumerate((3, 3, 4))]
+    assert numbers(folders[0]) == numbers(folders[1]) != numbers(folders[2])
+
+
+def test_seeds_run_in_turn_and_are_summed_up(script, tmp_path, capsys):
+    summary = script.main(tiny(script, tmp_path, "--epochs", 1, "--seeds", 0, 1, 2))
+    values = [run["test_accuracy"] for run in summary["runs"]]
+    mean = sum(values) / 3
+    std = math.sqrt(sum((v - mean) ** 2 for v in values) / 2)
+    assert abs(summary["test_accuracy"] - mean) < 1e-9 and abs(summary["test_accuracy_std"] - std) < 1e-9
+    assert abs(summary["test_accuracy_interval95"] - 4.303 * std / math.sqrt(3)) < 1e-9
+    assert len(list(tmp_path.iterdir())) == 3 and "95 % interval" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_t_quantiles_of_the_interval(script, tmp_path):
+    """Half the interval over the standard error is the t whose two-sided tail is 5 %, by integrating the density."""
+
+    def tail(t, df):
+        angles = [torch.linspace(a, math.pi / 2, 200001, dtype=torch.float64) for a in (math.atan(t / math.sqrt(df)), 0.0)]
+        areas = [torch.trapezoid(a.cos().clamp(min=0) ** (df - 1), a) for a in angles]
+        return float(areas[0] / areas[1])
+
+    for n in (2, 3, 5, 10, 11, 12, 20, 100):
+        values = iter([float(i) for i in range(n)])
+        args = script.parse_args(tiny(script, tmp_path, "--seeds", *range(n)))
+        summary = script.run_seeds(args, lambda run, values=values: {"m": next(values)}, "m")
+        t = summary["m_interval95"] / (summary["m_std"] / math.sqrt(n))
+        assert abs(tail(t, n - 1) - 0.05) < 2e-4, n
+
+
+def test_killed_and_resumed_it_ends_with_the_same_bits(script, tmp_path):
+    """SIGKILL as soon as the first epoch's checkpoint is there, then --resume, from the shell."""
+    whole = Path(json.loads(run_to_end(script, tmp_path / "whole"))["folder"])
+    process = subprocess.Popen([sys.executable, script.__file__, *tiny(script, tmp_path / "cut", "--epochs", 8)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder = tmp_path / "cut" / whole.name
+    wait_for(folder / "last.pt", process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = torch.load(folder / "last.pt", weights_only=True)["history"]
+    assert 0 < len(done) < 8, "the run was over before it was killed"
+    result = shell(script, *tiny(script, tmp_path / "cut", "--epochs", 8, "--resume"))
+    assert result.returncode == 0, result.stderr
+    assert numbers(folder) == numbers(whole)
+    states = [torch.load(f / "last.pt", weights_only=True) for f in (whole, folder)]
+    assert same_state(*states)
+    states[1]["rng"][100] ^= 1  # the comparison can fail
+    assert not same_state(*states)
+
+
+def run_to_end(script, out_dir) -> str:
+    result = shell(script, *tiny(script, out_dir, "--epochs", 8))
+    assert result.returncode == 0, result.stderr
+    (folder,) = out_dir.iterdir()
+    assert result.stdout.strip().splitlines()[-1].endswith(str(folder)), "the last line names the folder"
+    return (folder / "summary.json").read_text()
+
+
+def wait_for(path, process, seconds=60):
+    end = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < end, f"no {path}"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_a_valid_checkpoint(script, tmp_path, number, code):
+    process = subprocess.Popen([sys.executable, script.__file__, *tiny(script, tmp_path, "--epochs", 1000)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("*/last.pt")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in error and "--resume" in error
+    (folder,) = tmp_path.iterdir()
+    torch.load(folder / "last.pt", weights_only=True)
+
+
+def test_a_checkpoint_ahead_of_the_metrics_and_a_half_written_file_are_mended(script, tmp_path):
+    """Killed between the checkpoint and the metrics line, or in the middle of a write."""
+    folder = Path(script.main(tiny(script, tmp_path))["folder"])
+    before = numbers(folder), (folder / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(before[1].splitlines()[0] + '\n{"epoch": 2, "lo')
+    (folder / "last.pt.tmp").write_bytes(b"half a checkpo")
+    (folder / "summary.json").unlink()
+    script.main(tiny(script, tmp_path, "--resume"))
+    assert numbers(folder) == before[0] and (folder / "summary.json").exists()
+
+
+def test_resume_of_nothing_starts_and_of_a_finished_run_ends_at_once(script, tmp_path):
+    first = script.main(tiny(script, tmp_path, "--resume"))
+    assert script.main(tiny(script, tmp_path, "--resume")) == first
+
+
+# ---------------------------------------- Nothing is read from the device inside an epoch ----------------------------
+
+
+class CountReads(TorchDispatchMode):
+    """Counts what would wait for a GPU: .item(), bool() and printing of a tensor, .cpu(), .tolist()."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return function(*args, **(kwargs or {}))
+
+
+def reads_of_a_run(script, out_dir, steps) -> int:
+    with CountReads() as mode:
+        script.main(tiny(script, out_dir, "--epochs", 1, "--max-steps", steps))
+    return mode.reads
+
+
+def test_an_epoch_reads_the_same_however_many_steps_it_has(script, tmp_path, monkeypatch):
+    assert reads_of_a_run(script, tmp_path / "a", 2) == reads_of_a_run(script, tmp_path / "b", 7)
+    step = script.primary_step  # the negative control: one .item() a step is seen
+
+    def reading_step(*args, **kwargs):
+        result = step(*args, **kwargs)
+        result[0].item()
+        return result
+
+    monkeypatch.setattr(script, "primary_step", reading_step)
+    assert reads_of_a_run(script, tmp_path / "d", 7) == reads_of_a_run(script, tmp_path / "c", 2) + 5
+
+
+# ---------------------------------------- Wrong input ----------------------------------------
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--dataset", "cifar1000"], "cifar100-20"),
+    (["--dataset", "folder:/nowhere"], "/nowhere/train"),
+    (["--backbone", "resnet19"], "resnet18"),
+    (["--backbone", "nowhere.py:net"], "nowhere.py"),
+    (["--backbone", "tests/nets.py:linear_first"], "last Linear"),
+    (["--backbone", "vit_b_16"], "32x32"),
+    (["--method", "best"], "wamal"),
+    (["--epochs", "0"], "'0' is not a finite int from 1"),
+    (["--epochs", "2.5"], "'2.5'"),
+    (["--lr", "nan"], "'nan'"),
+    (["--lr", "inf"], "'inf'"),
+    (["--lr", "-1"], "'-1'"),
+    (["--batch-size", "100000"], "100000"),
+    (["--seed", "-1"], "'-1'"),
+    (["--train-fraction", "1.5"], "'1.5'"),
+    (["--device", "cuda:99"], "cuda:99"),
+    (["--device", "gpu"], "cuda:N"),
+    (["--no-such-flag"], "--no-such-flag"),
+    (["--epoch", "3"], "--epoch"),
+    (["--pretrained"], "nets.py"),
+])  # fmt: skip
+def test_wrong_arguments_get_one_line_and_code_2(script, tmp_path, capsys, arguments, said):
+    assert said in refuses(script, capsys, *tiny(script, tmp_path / "runs"), *arguments)
+    assert not (tmp_path / "runs").exists(), "nothing is left behind"
+
+
+def test_wrong_argument_from_the_shell(script, tmp_path):
+    result = shell(script, *tiny(script, tmp_path), "--lr", "nan")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"{name_of(script)}.py: error: ") and result.stderr.count("\n") == 1
+
+
+def test_missing_data_says_which_files_go_where(script, tmp_path, capsys, monkeypatch):
+    import torchvision
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
+    line = refuses(script, capsys, "--dataset", "cifar100-20", "--data-root", tmp_path / "data", "--out-dir", tmp_path / "runs")
+    assert "cifar-100-python.tar.gz" in line and str(tmp_path / "data") in line and "no network" in line
+
+
+def test_a_run_is_never_overwritten(script, tmp_path, capsys):
+    folder = Path(script.main(tiny(script, tmp_path, "--epochs", 1))["folder"])
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    assert "--resume" in refuses(script, capsys, *tiny(script, tmp_path, "--epochs", 1))
+    assert "--resume" in refuses(script, capsys, *tiny(script, tmp_path, "--epochs", 1, "--seeds", 5, 0))
+    assert "--lr" in refuses(script, capsys, *tiny(script, tmp_path, "--epochs", 1, "--resume", "--lr", 0.5))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["last.pt", "config.json"])
+def test_a_damaged_file_of_the_run_is_named(script, tmp_path, capsys, name):
+    folder = Path(script.main(tiny(script, tmp_path, "--epochs", 1))["folder"])
+    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    assert str(folder / name) in refuses(script, capsys, *tiny(script, tmp_path, "--epochs", 1, "--resume"))
+
+
+def test_an_out_dir_that_is_a_file_and_one_that_cannot_be_written(script, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "file" in refuses(script, capsys, *tiny(script, tmp_path / "file"))
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert "locked" in refuses(script, capsys, *tiny(script, tmp_path / "locked" / "runs"))
+
+
+def test_other_threads_are_said_on_resume(script, tmp_path, capsys):
+    script.main(tiny(script, tmp_path, "--epochs", 1))
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        script.main(tiny(script, tmp_path, "--epochs", 1, "--resume"))
+    finally:
+        torch.set_num_threads(before)
+    assert f"threads was {before} and is now {before + 1}" in capsys.readouterr().out
+
+
+def test_a_non_finite_loss_stops_with_code_3_and_keeps_the_checkpoint(script, tmp_path, capsys, monkeypatch):
+    """From the second step of the second epoch on, images are infinite."""
+    import common
+
+    original, seen = common.DeviceLoader.__iter__, []
+
+    def poisoned(loader):
+        if loader.train:
+            seen.append(loader)
+        for step, (x, y, index) in enumerate(original(loader)):
+            yield (x * math.inf if loader.train and len(seen) > 2 and step >= 1 else x), y, index
+
+    monkeypatch.setattr(common.DeviceLoader, "__iter__", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        script.main(tiny(script, tmp_path, "--epochs", 3))
+    assert stop.value.code == 3
+    error = capsys.readouterr().err
+    assert "epoch 2" in error and "step 2" in error, error
+    (folder,) = tmp_path.iterdir()
+    assert len(numbers(folder)) == 1
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert all(t.isfinite().all() for network in TINY[name_of(script)][1] for t in state[network].values())
+
+
+def test_plot_without_matplotlib_says_so_before_it_trains(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "matplotlib" in refuses(script, capsys, *tiny(script, tmp_path / "runs", "--plot"))
+
+
+def test_plot_draws_the_curves(script, tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    folder = Path(script.main(tiny(script, tmp_path, "--plot"))["folder"])
+    assert (folder / "curves.png").stat().st_size > 5000

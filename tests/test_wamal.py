@@ -346,18 +346,19 @@ def threads():
 
 
 def test_the_claim_corrupted_samples_weigh_less_and_accuracy_beats_maxl(threads):
-    """With a clean auxiliary set, in the mean of 5 seeds. Measured: see the README, also for what a tuned MAXL reaches."""
-    wamal_runs = [train_on_noise(seed, r=5.0) for seed in range(5)]
-    maxl_runs = [train_on_noise(seed, r=0.0) for seed in range(5)]
-    log2_weights = [(10 * w - 5) for _, w, _ in wamal_runs]
-    gaps = [float(v[~noisy].mean() - v[noisy].mean()) for v, (_, _, noisy) in zip(log2_weights, wamal_runs, strict=True)]
-    weights = [wamal.scale_weight(w, 5.0) for _, w, _ in wamal_runs]
-    ratios = [float(v[noisy].mean() / v[~noisy].mean()) for v, (_, _, noisy) in zip(weights, wamal_runs, strict=True)]
-    accuracies = [sum(run[0] for run in runs) / 5 for runs in (wamal_runs, maxl_runs)]
-    print(f"log2 weight, clean less corrupted: {gaps}; accuracy WAMAL, MAXL: {accuracies}")
-    assert sum(gaps) / 5 > 0.5, gaps
-    assert sum(ratios) / 5 < 1, ratios
-    assert accuracies[0] > accuracies[1] + 1, accuracies
+    """With a clean auxiliary set, in the mean of 5 seeds: at the same learning rate, and each method at its better one of
+    two, since learned weights also change the size of the step."""
+    runs = {(r, lr): [train_on_noise(seed, r, lr=lr) for seed in range(5)] for r in (5.0, 0.0) for lr in (0.05, 0.1)}
+    accuracy = {key: sum(run[0] for run in group) / 5 for key, group in runs.items()}
+    ratios, gaps = [], []  # of mean weights, corrupted over clean; of mean log2 weights, clean less corrupted
+    for _, w, noisy in runs[5.0, 0.05]:
+        weight = wamal.scale_weight(w, 5.0)
+        ratios.append(float(weight[noisy].mean() / weight[~noisy].mean()))
+        gaps.append(float(weight[~noisy].log2().mean() - weight[noisy].log2().mean()))
+    print(f"accuracy by (r, learning rate): {accuracy}\nweight ratios: {ratios}\nlog2 gaps: {gaps}")
+    assert sum(ratios) / 5 < 0.95 and sum(gaps) / 5 > 0.5, (ratios, gaps)
+    assert accuracy[5.0, 0.05] > accuracy[0.0, 0.05] + 1, accuracy
+    assert max(accuracy[5.0, lr] for lr in (0.05, 0.1)) > max(accuracy[0.0, lr] for lr in (0.05, 0.1)), accuracy
 
 
 def test_without_a_clean_set_the_weights_go_to_the_upper_bound(threads):

@@ -11,7 +11,9 @@ Whatever is wrong with the user's files or names raises InputError with a messag
 import copy
 import importlib.util
 import math
+import os
 import pickle
+import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -72,6 +74,7 @@ class ImageSet:
     flip: bool = True  # random horizontal flip
     image_size: int = 32  # side in pixels of what a loader yields
     resize: int = 32  # files: shorter side before the centre crop at test time
+    interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR  # files
     hierarchy: list[int] | None = None  # number of human auxiliary classes inside each primary class
 
     @property
@@ -142,7 +145,9 @@ def load_cifar10(root: Path) -> ImageSet:
         with reading(names[0]):
             images = cifar_images(np.concatenate([p["data"] for p in parts]))
             splits.append(Split(images, torch.tensor([label for p in parts for label in p["labels"]])))
-    return ImageSet("cifar10", list(unpickle(files[6])["label_names"]), *splits)
+    meta = unpickle(files[6])
+    with reading(files[6]):
+        return ImageSet("cifar10", list(meta["label_names"]), *splits)
 
 
 def cifar100_parents(coarse_of_fine: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -187,11 +192,9 @@ def load_cifar100(root: Path, level: int, aux_level: int | None) -> ImageSet:
             fine = torch.tensor(part["fine_labels"])
             auxiliary = None if hierarchy is None else parents[aux_level][fine]
             splits.append(Split(cifar_images(part["data"]), parents[level][fine], auxiliary))
-    names = {
-        3: list(CIFAR100_LEVEL_3), 10: list(CIFAR100_LEVEL_10),
-        20: meta["coarse_label_names"], 100: meta["fine_label_names"],
-    }
-    return ImageSet(f"cifar100-{level}", list(names[level]), *splits, hierarchy=hierarchy)
+    with reading(files[2]):
+        names = {3: CIFAR100_LEVEL_3, 10: CIFAR100_LEVEL_10, 20: meta["coarse_label_names"], 100: meta["fine_label_names"]}
+        return ImageSet(f"cifar100-{level}", list(names[level]), *splits, hierarchy=hierarchy)
 
 
 def load_svhn(root: Path) -> ImageSet:
@@ -380,8 +383,8 @@ def load_image_set(
 
     aux_level: for cifar100-N, the finer level (10, 20 or 100) that gives the human auxiliary labels.
     image_size: for the sets that are read from files, the side in pixels of what loaders yield (default 224).
-    weights_of: a torchvision model whose pretrained weights' size, mean and standard deviation these sets get instead of
-        ImageNet's. In-memory sets keep their own, as in the paper's fine-tuning on CIFAR-10.
+    weights_of: a torchvision model whose pretrained weights' size, mean, standard deviation and interpolation these sets
+        get instead of ImageNet's usual. In-memory sets keep their own, as in the paper's fine-tuning on CIFAR-10.
     Raises InputError: unknown name, missing data that cannot be downloaded, damaged file.
     """
     root = Path(root)
@@ -402,11 +405,14 @@ def load_image_set(
             raise InputError(f"{name}: the image size is fixed at {image_set.image_size} pixels")
         return image_set
     mean, std, crop, resize = IMAGENET_MEAN, IMAGENET_STD, 224, 256
-    if weights_of in backbone_names() and weights_of not in BACKBONES:
+    interpolation = image_set.interpolation
+    if weights_of is not None and has_weights(weights_of):
         transform = torchvision.models.get_model_weights(weights_of).DEFAULT.transforms()
         mean, std, crop, resize = transform.mean, transform.std, transform.crop_size[0], transform.resize_size[0]
+        interpolation = transform.interpolation
     size = image_size or crop
-    return replace(image_set, mean=mean, std=std, image_size=size, resize=round(size * resize / crop))
+    resize = round(size * resize / crop)
+    return replace(image_set, mean=mean, std=std, image_size=size, resize=resize, interpolation=interpolation)
 
 
 def stratified_subset(labels: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
@@ -426,7 +432,7 @@ def hold_out(split: Split, fraction: float, generator: torch.Generator) -> tuple
 def corrupt_labels(split: Split, fraction: float, num_classes: int, generator: torch.Generator) -> tuple[Split, torch.Tensor]:
     """The split with about that share of its primary labels replaced by another class, all others equally likely, and
     which they are, bool (N,)."""
-    noisy = torch.rand(len(split), generator=generator) < fraction
+    noisy = (torch.rand(len(split), generator=generator) < fraction) & (num_classes > 1)
     shift = torch.randint(1, max(2, num_classes), (len(split),), generator=generator)
     labels = torch.where(noisy, (split.labels + shift) % num_classes, split.labels)
     return replace(split, labels=labels), noisy
@@ -466,7 +472,7 @@ class DeviceLoader:
             x = self.images[index]
             if self.train:
                 x = self.crop(x, top[at], left[at], mirrored[at])
-            yield to_layout((x.float() - self.mean) / self.std), self.labels[index], index
+            yield (x.float() - self.mean) / self.std, self.labels[index], index
 
     def crop(self, x, top, left, mirrored):
         """Zero-pad (B, 3, S, S), cut an S x S window at (top, left) and mirror it where told, in one gather."""
@@ -489,7 +495,7 @@ class ImageFiles(Dataset):
         with reading(self.files[index]), Image.open(self.files[index]) as image:
             image = image.convert("RGB")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
             return self.transform(image), index
 
 
@@ -513,24 +519,32 @@ class SeededBatches:
         return iter([self.keys[i * self.batch_size : (i + 1) * self.batch_size] for i in range(len(self))])
 
 
+def end_quietly(worker: int) -> None:
+    """In a worker process: a SIGTERM to the whole process group is the main process's to answer; torch would report a
+    worker that the signal killed, one that exits is no news."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
 class FileLoader:
     """Batches of a split that is read from files by worker processes; `generator` is one of the CPU's."""
 
     def __init__(
         self, split: Split, image_set: ImageSet, batch_size: int, device, *, train: bool, generator=None, workers=0
     ):
-        size = image_set.image_size
+        size, how = image_set.image_size, image_set.interpolation
         if train:
-            steps = [v2.RandomResizedCrop(size, scale=(0.8, 1.0)), v2.RandomHorizontalFlip(0.5 * image_set.flip)]
+            crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), interpolation=how)
+            steps = [crop, v2.RandomHorizontalFlip(0.5 * image_set.flip)]
         else:
-            steps = [v2.Resize(image_set.resize), v2.CenterCrop(size)]
+            steps = [v2.Resize(image_set.resize, interpolation=how), v2.CenterCrop(size)]
         self.batches = SeededBatches(len(split), batch_size, train, generator)
         self.loader = DataLoader(
             ImageFiles(split.images, v2.Compose([*steps, v2.PILToTensor()])),
             batch_sampler=self.batches,
             num_workers=workers,
             pin_memory=device.type == "cuda",
-            persistent_workers=workers > 0,
+            worker_init_fn=end_quietly,
+            persistent_workers=train and workers > 0,
             generator=torch.Generator(),  # the loader's own draws must not move the run's generators
         )
         self.labels, self.device = split.labels.to(device), device
@@ -544,7 +558,7 @@ class FileLoader:
         try:
             for x, index in self.loader:
                 x, index = x.to(self.device, non_blocking=True), index.to(self.device, non_blocking=True)
-                yield to_layout((x.float() - self.mean) / self.std), self.labels[index], index
+                yield (x.float() - self.mean) / self.std, self.labels[index], index
         except InputError as error:  # a worker's exception arrives with the worker's traceback for a message
             raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
 
@@ -555,8 +569,8 @@ def make_loader(split: Split, image_set: ImageSet, batch_size: int, device, *, t
 
     generator: a torch.Generator on the device for in-memory sets, on the CPU for files (`loader_generator`).
     """
-    if train and batch_size > len(split):
-        raise InputError(f"a batch of {batch_size} is more than the {len(split)} training images of this split")
+    if train and not 2 <= batch_size <= len(split):
+        raise InputError(f"training on {len(split)} images takes batches of 2 to {len(split)}, not a batch of {batch_size}")
     if isinstance(split.images, torch.Tensor):
         return DeviceLoader(split, image_set, batch_size, device, train=train, generator=generator)
     return FileLoader(split, image_set, batch_size, device, train=train, generator=generator, workers=workers)
@@ -575,11 +589,6 @@ def number_of_batches(n: int, batch_size: int, train: bool) -> int:
 def channel_constants(image_set: ImageSet, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation per channel in units of uint8 pixels, each (3, 1, 1)."""
     return tuple(255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (image_set.mean, image_set.std))
-
-
-def to_layout(x: torch.Tensor) -> torch.Tensor:
-    """Channels-last on CUDA, where convolutions run faster on it."""
-    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
 
 
 ########################################################################################################
@@ -634,18 +643,26 @@ def backbone_names() -> list[str]:
     return [*BACKBONES, *torchvision.models.list_models(module=torchvision.models)]
 
 
+def has_weights(name: str) -> bool:
+    """Whether `name` is a model of torchvision, which all have pretrained weights."""
+    return name in backbone_names() and name not in BACKBONES
+
+
 def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
     """A classifier by name (`backbone_names`), or FILE.py:FUNCTION: what that function returns, called without
     arguments. `pretrained` loads torchvision's default weights. Raises InputError."""
     path, _, function = name.rpartition(":")
-    if pretrained and (path or name in BACKBONES):
+    if pretrained and (name in BACKBONES or path.endswith(".py")):
         raise InputError(f"there are no pretrained weights for {name}; torchvision's models have some")
-    if path:
+    if path.endswith(".py"):
         with reading(Path(path)):
             spec = importlib.util.spec_from_file_location(Path(path).stem, path)
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            return getattr(module, function)()
+            net = getattr(module, function)()
+        if not isinstance(net, nn.Module):
+            raise InputError(f"{name} returns a {type(net).__name__}, not an nn.Module")
+        return net
     if name in BACKBONES:
         return BACKBONES[name]()
     if name not in backbone_names():
@@ -666,18 +683,18 @@ def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
 
 
 class Features(nn.Module):
-    """A stripped classifier: (B, 3, H, W) -> (B, width)."""
+    """A stripped classifier: (B, 3, H, W) -> (B, width), computed in the memory layout `layout` (see check_trunk)."""
 
     def __init__(self, model: nn.Module, width: int):
         super().__init__()
-        self.model, self.width = model, width
+        self.model, self.width, self.layout = model, width, torch.contiguous_format
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.model(x)
+        features = self.model(x.contiguous(memory_format=self.layout) if x.dim() == 4 else x)
         return features.mean((2, 3)) if features.dim() == 4 else features  # a 1x1 convolution leaves a map
 
 
-def strip_classifier(classifier: nn.Module) -> tuple[nn.Module, int]:
+def strip_classifier(classifier: nn.Module) -> tuple[Features, int]:
     """A copy of `classifier` without its classification layer, and the width of the features it gives.
 
     The classification layer is the last Linear or 1x1 convolution in the order in which the modules were
@@ -707,14 +724,20 @@ def is_linear(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def check_trunk(trunk: nn.Module, name: str, image_size: int) -> None:
-    """Raise InputError unless `trunk` (of strip_classifier) turns images of that size into features of its width."""
+def check_trunk(trunk: Features, name: str, image_size: int) -> None:
+    """Give a stripped classifier on the CPU the fastest memory layout that it runs in: channels-last, or the usual one
+    where its forward has a .view() that needs it. Raises InputError unless it turns images of `image_size` pixels
+    into features of its width."""
     training = trunk.training
-    try:
-        reason = f"it gives {tuple(trunk.eval()(torch.zeros(1, 3, image_size, image_size)).shape[1:])}"
-    except Exception as error:  # whatever a user's own forward raises
-        reason = " ".join(str(error).split())
-    if reason != f"it gives ({trunk.width},)":
-        raise InputError(f"backbone {name}, without the last Linear or 1x1 convolution that it registers, does not turn"
-                         f" {image_size}x{image_size} images into {trunk.width} features: {reason}")
-    trunk.train(training)
+    for layout in (torch.channels_last, torch.contiguous_format):
+        try:
+            trunk.layout = layout
+            trunk.to(memory_format=layout)
+            reason = f"it gives {tuple(trunk.eval()(torch.zeros(2, 3, image_size, image_size)).shape[1:])}"
+        except Exception as error:  # whatever a user's own forward raises
+            reason = " ".join(str(error).split())
+        trunk.train(training)
+        if reason == f"it gives ({trunk.width},)":
+            return
+    raise InputError(f"backbone {name}, without the last Linear or 1x1 convolution that it registers, does not turn"
+                     f" {image_size}x{image_size} images into {trunk.width} features: {reason}")

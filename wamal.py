@@ -24,7 +24,7 @@ Departures from the paper [P] and from its authors' code [C]:
   the images it labels, over one pass of the training images; Alg. 1 takes both on the held-out ones.
 - BatchNorm's running statistics follow f's pass at theta only, as in MAXL's code; [C] updates them at theta' too.
 - r = 5 as in [P]'s tables ([C]'s script: 15); batch 100 as in Table 18 and [C] (Table 17: 128); f first as in Alg. 1 and [C].
-- Pretrained models get the preprocessing of torchvision's weights; [P] takes the ViT checkpoint's own (mean, std 0.5).
+- Pretrained models get the size, mean, std and interpolation of torchvision's weights; [P]'s ViT its own (mean, std 0.5).
 - Test accuracy is the last epoch's (and the mean of the last 15); [C] reports the best epoch by test accuracy.
 """
 
@@ -38,7 +38,8 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import contextmanager, suppress
+import warnings
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -51,10 +52,12 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from common import BACKBONES, IMAGE_SETS, InputError, backbone_names, build_backbone, check_trunk, corrupt_labels, hold_out
+from common import BACKBONES, IMAGE_SETS, InputError, build_backbone, check_trunk, corrupt_labels, has_weights, hold_out
 from common import load_image_set, loader_generator, make_loader, reading, stratified_subset, strip_classifier
 
 METHODS = {"wamal": "the paper's", "maxl": "all weights 1", "single": "no auxiliary task", "human": "human auxiliary labels"}
+LABEL_FLAGS = "r weighting normalize_weights psi entropy_weight aux_set label_backbone label_lr label_weight_decay".split()
+UNUSED = {"maxl": LABEL_FLAGS[:3], "single": [*LABEL_FLAGS, "cosine_batches"], "human": [*LABEL_FLAGS, "label_noise"]}
 # Table 17: backbone, whether it is fine-tuned, batch size; for the other sets Table 18 and the 32x32 VGG-16
 SETTINGS = {"cifar10": ("resnet50", True, 256), "cub200": ("resnet50", True, 64), "oxford-pet": ("vit_b_16", True, 64),
             "food101": ("vit_b_16", True, 64), "folder": ("resnet50", True, 64), "synthetic": ("convnet4", False, 50)}
@@ -78,7 +81,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--backbone", metavar="NAME", help=f"{', '.join(BACKBONES)}, any classifier of torchvision.models, or FILE.py:FUNCTION")
     add("--label-backbone", metavar="NAME", help="backbone of the label network (default: that of the primary network)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet weights (default: as the paper does)")
-    add("--psi", type=count, nargs="+", default=[5], metavar="N", help="auxiliary classes a primary class: one number, or one each")
+    add("--psi", type=number(int, 1, 9999), nargs="+", default=[5], metavar="N", help="sub-classes a class: one number or a list")
     add("--r", type=factor, default=5.0, metavar="R", help="range of the weights, 2^-R to 2^R (Eq. 10)")
     add("--weighting", choices=["sample", "batch"], default="sample", help="weights as in Eq. 5, or their mean for the batch")
     add("--normalize-weights", action="store_true", help="scale each batch's weights to mean 1 (A.9)")
@@ -95,7 +98,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--weight-decay", type=factor, default=0.0, metavar="F", help="of the primary network")
     add("--label-weight-decay", type=factor, default=5e-4, metavar="F", help="of the label network")
     add("--schedule", choices=["step", "cosine", "constant"], default="step", help="of both rates; step: halved every 50 epochs")
-    add("--amp", choices=["none", "bf16"], default="none", help="bf16: the networks run under autocast")
+    add("--amp", choices=["none", "bf16"], default="none", help="bf16: the trunks run under autocast")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=seed, default=0, metavar="N", help="of the networks, the subsets, the batches and the crops")
     add("--seeds", type=seed, nargs="+", metavar="N", help="run these one after another; print mean and 95 %% interval")
@@ -106,17 +109,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--cosine-batches", type=number(int, 0), default=0, metavar="N", help="log the gradients' cosine, first N batches an epoch")
     add("--analyze", metavar="RUN", help="write RUN's weight histogram, per-class table and image grids to RUN/analysis")
     args = p.parse_args(argv)
+    for name in UNUSED.get(args.method, ()):
+        if getattr(args, name) != p.get_default(name):
+            p.error(f"--{name.replace('_', '-')} is not for --method {args.method}")
+    if args.momentum and args.optimizer != "sgd":
+        p.error("--momentum is for --optimizer sgd")
     backbone, pretrained, batch_size = SETTINGS.get(args.dataset.split(":")[0], ("vgg16-cifar", False, 100))
     args.backbone = args.backbone or backbone
     args.label_backbone = args.label_backbone or args.backbone
-    in_torchvision = {args.backbone, args.label_backbone} <= set(backbone_names()) - set(BACKBONES)
-    args.pretrained = pretrained and in_torchvision if args.pretrained is None else args.pretrained
+    args.pretrained = pretrained and has_weights(args.backbone) if args.pretrained is None else args.pretrained
     args.epochs = args.epochs or (1 if args.max_steps else 4 if args.dataset == "synthetic" else 75 if args.pretrained else 200)
     args.batch_size = args.batch_size or batch_size
     args.lr = args.lr or (5e-4 if args.backbone.startswith("vit_") else 0.01)
     args.label_lr = args.label_lr or (0.01 if args.backbone == "resnet50" else 1e-3)
-    if args.aux_set and args.method in ("single", "human"):
-        p.error(f"--aux-set is for the methods with a label network, not for {args.method}")
     if args.normalize_weights and args.weighting == "batch":
         p.error("--normalize-weights makes each batch's mean weight 1, which leaves nothing of --weighting batch")
     return args
@@ -143,7 +148,9 @@ class PrimaryNetwork(nn.Module):
 
     def forward(self, x):
         features = self.trunk(x)  # (B, d)
-        return self.primary_head(features), self.auxiliary_head(features) if self.auxiliary_head else None
+        with torch.autocast(x.device.type, enabled=False):  # under --amp bf16, heads and losses stay in full precision
+            features = features.to(self.primary_head[0].weight.dtype)
+            return self.primary_head(features), self.auxiliary_head(features) if self.auxiliary_head else None
 
 
 class LabelWeightNetwork(nn.Module):
@@ -161,8 +168,10 @@ class LabelWeightNetwork(nn.Module):
 
     def forward(self, x, y):
         features = self.trunk(x)  # (B, d)
-        soft_labels = masked_softmax(self.label_head(features), y, self.psi)
-        return soft_labels, self.weight_head(features)[:, 0].sigmoid()
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 the sigmoid would be 1 long before it saturates
+            features = features.to(self.label_head[0].weight.dtype)
+            soft_labels = masked_softmax(self.label_head(features), y, self.psi)
+            return soft_labels, self.weight_head(features)[:, 0].sigmoid()
 
 
 # -------- Losses and the bi-level step ----------------------------------------------------------------------------------
@@ -187,12 +196,10 @@ def focal_costs(logits, gamma: float = 2.0):
 def focal_loss(logits, target, gamma: float = 2.0):
     """Focal loss of each sample, (B,): -sum_k t_k (1 - p_k)^gamma log p_k. Linear in the target.
 
-    logits: (B, K).  target: class indices (B,) or soft labels (B, K).  gamma >= 0; 0 is cross-entropy.
+    logits: (B, K).  target: class indices (B,) or soft labels (B, K).  gamma: 0 (cross-entropy) or at least 1.
     """
     costs = focal_costs(logits, gamma)
-    if target.is_floating_point():
-        return (target * costs).sum(dim=1)
-    return costs.gather(1, target[:, None])[:, 0]
+    return (target * costs).sum(dim=1) if target.is_floating_point() else costs.gather(1, target[:, None])[:, 0]
 
 
 def negative_entropy(soft_labels):
@@ -249,7 +256,7 @@ def hypergradient(primary, label_network, x, y, *, lr, r, entropy_weight=0.2, we
 
     # theta' = theta - lr grad L_total. Fused attention has no forward-mode rule and draws other dropout masks than
     # the plain one, so both passes at theta use the plain one.
-    generator = dropout_generator(x.device)
+    generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator  # dropout's
     random_state = generator.get_state()
     with sdpa_kernel(SDPBackend.MATH):
         loss = total_loss(*primary(x), y, soft_labels.detach(), weight.detach())
@@ -264,7 +271,9 @@ def hypergradient(primary, label_network, x, y, *, lr, r, entropy_weight=0.2, we
     del logits, theta_prime
 
     # derivative of every class's cost along v at theta, with the dropout masks of the pass at theta
-    with torch.no_grad(), forward_ad.dual_level(), replay(generator, random_state), sdpa_kernel(SDPBackend.MATH):
+    devices = [x.device] if x.is_cuda else []
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices):
+        generator.set_state(random_state)
         moving = {name: p.detach() for name, p in theta.items()}
         moving |= {name: forward_ad.make_dual(moving[name], t) for name, t in zip(theta, v, strict=True) if t is not None}
         auxiliary_logits = functional_call(primary, moving | buffers, (x,))[1]
@@ -275,20 +284,6 @@ def hypergradient(primary, label_network, x, y, *, lr, r, entropy_weight=0.2, we
     phi = [p for p in label_network.parameters() if p.requires_grad]
     found = iter(torch.autograd.grad(objective, phi, materialize_grads=True))
     return [next(found) if p.requires_grad else None for p in label_network.parameters()]
-
-
-def dropout_generator(device) -> torch.Generator:
-    """The generator from which dropout and stochastic depth draw on that device."""
-    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
-
-
-@contextmanager
-def replay(generator: torch.Generator, state):
-    """Inside, `generator` draws once more what it drew from `state` on; afterwards it goes on as if nothing had been."""
-    now = generator.get_state()
-    generator.set_state(state)
-    yield
-    generator.set_state(now)
 
 
 def primary_step(primary, optimizer, x, y, labels=None, weight=1.0):
@@ -313,10 +308,9 @@ def label_step(primary, label_network, optimizer, x, y, **options):
 def gradient_cosine(primary, x, y, labels, weight):
     """Cosine of the two losses' gradients on the trunk (MAXL supplement, Fig. 1). Leaves statistics and random state alone."""
     buffers = {name: b.clone() for name, b in primary.named_buffers()}
-    generator = dropout_generator(x.device)
-    with replay(generator, generator.get_state()):
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
         primary_logits, auxiliary_logits = functional_call(primary, buffers, (x,))
-    trunk = [p for p in primary.trunk.parameters() if p.requires_grad]
+    trunk = [p for p in primary.trunk.parameters() if p.requires_grad] or fail("the trunk has no gradient to compare")
     losses = focal_loss(primary_logits, y).mean(), (weight * focal_loss(auxiliary_logits, labels)).mean()
     a, b = (torch.autograd.grad(loss, trunk, retain_graph=True, materialize_grads=True) for loss in losses)
     return torch.cosine_similarity(torch.cat([t.flatten() for t in a]), torch.cat([t.flatten() for t in b]), dim=0)
@@ -330,11 +324,11 @@ def fail(message, code: int = 2):
     raise SystemExit(code)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10**9):
     """An argparse type: a finite int or float from low to high, both included."""
 
     def convert(text):
-        with suppress(ValueError):
+        with suppress(ValueError, OverflowError):
             if math.isfinite(value := kind(text)) and low <= value <= high:
                 return value
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite {kind.__name__} from {low} to {high}")
@@ -346,10 +340,10 @@ def choose_device(name: str) -> torch.device:
     """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"unknown device {name!r}; known are auto, cpu, cuda and cuda:N")
+    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+        raise InputError(f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without")
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     return device
@@ -367,7 +361,7 @@ def run_folder(args) -> Path:
 def open_run(args, device) -> Path:
     """Make the run's folder and its config.json, or check that the run there had the same arguments."""
     folder = run_folder(args)
-    path, arguments = folder / "config.json", json.loads(json.dumps(vars(args)))  # as the file will give them back
+    path, arguments = folder / "config.json", json.loads(json.dumps(vars(args) | {"device": device.type}))
     machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                "threads": torch.get_num_threads(), "python": platform.python_version(),
                "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
@@ -377,12 +371,12 @@ def open_run(args, device) -> Path:
         return folder
     with reading(path):
         before = json.loads(path.read_text())
-    for name in sorted(arguments.keys() - {"resume", "seeds", "plot", "data_root", "out_dir", "workers", "device"}):
-        if arguments[name] != (old := before["arguments"].get(name)):
-            raise InputError(f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}")
-    for name, value in machine.items():
-        if before["machine"].get(name) != value:
-            print(f"note: {name} was {before['machine'].get(name)} and is now {value}; numbers may differ in the last bits")
+        for name in sorted(arguments.keys() - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
+            if arguments[name] != (old := before["arguments"].get(name)):
+                raise InputError(f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}")
+        for name, value in machine.items():
+            if value != (old := before["machine"].get(name)):
+                print(f"note: {name} was {old} and is now {value}; numbers may differ in the last bits")
     return folder
 
 
@@ -503,11 +497,11 @@ def build_networks(args, image_set, device):
     primary = PrimaryNetwork(build_backbone(args.backbone, args.pretrained), image_set.num_classes, num_auxiliary)
     label_network = None
     if args.method in ("wamal", "maxl"):
-        label_network = LabelWeightNetwork(build_backbone(args.label_backbone, args.pretrained), psi)
+        pretrained = args.pretrained and (has_weights(args.label_backbone) or args.label_backbone == args.backbone)
+        label_network = LabelWeightNetwork(build_backbone(args.label_backbone, pretrained), psi)
         check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
     check_trunk(primary.trunk, args.backbone, image_set.image_size)
-    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
-    return [network and network.to(device, memory_format=layout) for network in (primary, label_network)]
+    return [network and network.to(device) for network in (primary, label_network)]
 
 
 def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
@@ -534,7 +528,7 @@ def evaluate(primary, loader, autocast) -> dict:
 
 def describe_weights(w, y, noisy, used, r: float, num_classes: int) -> dict:
     """An epoch's figures on g: the weights w (N,) in [0, 1] that it gave to samples of classes y (N,), corrupted where noisy
-    (N,) says so; used (K,): whether an auxiliary class was some sample's top label."""
+    (N,) says so; used (K,): whether an auxiliary class was some sample's top label. The shares at the bounds are w's."""
     weight, levels = scale_weight(w.double(), r), torch.tensor([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], dtype=torch.float64)
     groups = {"noisy": weight[noisy], "clean": weight[~noisy]} if noisy.any() else {}
     return {
@@ -577,10 +571,10 @@ def train(args) -> dict:
           f"{'CUDA with TF32' if device.type == 'cuda' else 'CPU'}, amp {args.amp}, seed {args.seed}")
 
     for epoch in range(len(history), args.epochs):
-        began, phases = time.perf_counter(), 1 if label_network is None else 2
-        progress = tqdm(total=steps * phases, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None)
+        began, taken = time.perf_counter(), steps * (1 if label_network is None else 2)
+        progress = tqdm(total=taken, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None)
         loss_sum = correct = norm_sum = torch.zeros((), device=device)
-        first_bad = torch.full((), 2 * steps, device=device)  # the first step, over both phases, that was not finite
+        first_bad = torch.full((), taken, device=device)  # the first step, over both phases, that was not finite
         used = torch.zeros(0 if label_network is None else label_network.label_head[-1].out_features, device=device)
         indices, weights, cosines = [], [], []
 
@@ -616,10 +610,13 @@ def train(args) -> dict:
 
         # The epoch's figures: its only reads from the device
         progress.close()
-        if (bad := int(first_bad)) < 2 * steps:
-            fail(f"epoch {epoch + 1}: the loss of the {'primary' if bad < steps else 'label'} network is not finite from step "
-                 f"{bad % steps + 1} on; the checkpoint of the epoch before is kept", code=3)
-        seconds, taken = time.perf_counter() - began, phases * steps
+        seconds, bad = time.perf_counter() - began, int(first_bad)
+        test = evaluate(primary, test_loader, autocast)
+        values = [v for n in (primary, label_network) if n is not None for v in n.state_dict().values() if v.is_floating_point()]
+        if bad < taken or not math.isfinite(test["test_loss"]) or not torch.stack([v.isfinite().all() for v in values]).all():
+            bad = min(bad, taken - 1)  # the last step's loss may have been finite still
+            fail(f"epoch {epoch + 1}: the {'primary' if bad < steps else 'label'} network's loss is not finite from step "
+                 f"{bad % steps + 1} on; a checkpoint of the epoch before is kept", code=3)
         metrics = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": float(loss_sum) / steps,
                    "train_accuracy": 100 * float(correct) / (steps * args.batch_size)}
         if label_network is not None:
@@ -629,8 +626,7 @@ def train(args) -> dict:
             label_scheduler.step()
         metrics |= {"gradient_cosine": float(torch.stack(cosines).mean())} if cosines else {}
         scheduler.step()
-        metrics |= evaluate(primary, test_loader, autocast)
-        metrics |= {"images_per_second": taken * args.batch_size / seconds, "milliseconds_per_step": 1000 * seconds / taken,
+        metrics |= test | {"images_per_second": taken * args.batch_size / seconds, "milliseconds_per_step": 1000 * seconds / taken,
                     "peak_memory_mib": peak_memory_mib(device),
                     "seconds": (history[-1]["seconds"] if history else 0.0) + time.perf_counter() - began}
         history.append(metrics)
@@ -650,7 +646,8 @@ def analyze(args) -> dict:
     mode, so that an image's weight does not depend on its neighbours."""
     folder = Path(args.analyze)
     with reading(folder / "config.json"):
-        run = argparse.Namespace(**json.loads((folder / "config.json").read_text())["arguments"])
+        arguments = json.loads((folder / "config.json").read_text())["arguments"]
+        run = argparse.Namespace(**vars(parse_args([])) | arguments)
     if run.method != "wamal":
         raise InputError(f"{folder} is a run of {run.method}, which learns no weights")
     run.data_root = run.data_root if args.data_root == "data" else args.data_root
@@ -683,10 +680,11 @@ def analyze(args) -> dict:
 def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
     args = parse_args(argv)
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # torch's own, in forward mode
     try:
         if args.plot:
             import matplotlib.figure  # noqa: F401 - if it is missing, say so now and not after the last epoch
-        return analyze(args) if args.analyze else run_seeds(args, train, "test_accuracy")
+        return analyze(args) if args.analyze is not None else run_seeds(args, train, "test_accuracy")
     except ModuleNotFoundError as error:
         fail(f"this needs the package {error.name}: pip install {error.name}")
     except (InputError, OSError) as error:

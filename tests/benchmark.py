@@ -25,26 +25,28 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import wamal
-from common import build_backbone
+from common import build_backbone, check_trunk
 
 R, ENTROPY_WEIGHT, LR = 5.0, 0.2, 0.01
 
 
 def wamal_variants(args, device) -> dict:
     """Callables that take one step each, or one step of both phases."""
-    layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
     torch.manual_seed(0)
-    x = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device).contiguous(memory_format=layout)
+    x = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
     y = torch.arange(args.batch_size, device=device) % 20
 
     @functools.cache  # made when first used: a child that measures one variant's memory holds only its networks
     def networks(owner):
         primary = wamal.PrimaryNetwork(build_backbone(args.backbone), 20, 0 if owner == "plain" else 100)
-        primary = primary.to(device, memory_format=layout)
+        check_trunk(primary.trunk, args.backbone, args.image_size)  # the scripts' memory layout, for all variants
+        primary = primary.to(device)
         optimizer = torch.optim.SGD(primary.parameters(), LR)
         if owner == "plain":
             return primary, optimizer
-        label_network = wamal.LabelWeightNetwork(build_backbone(args.backbone), [5] * 20).to(device, memory_format=layout)
+        label_network = wamal.LabelWeightNetwork(build_backbone(args.backbone), [5] * 20)
+        check_trunk(label_network.trunk, args.backbone, args.image_size)
+        label_network = label_network.to(device)
         return primary, optimizer, label_network, torch.optim.SGD(label_network.parameters(), 1e-3, weight_decay=5e-4)
 
     def plain():

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -70,9 +71,8 @@ def refuses(script, capsys, *arguments) -> str:
         script.main([str(a) for a in arguments])
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    lines = [line for line in error.splitlines() if "Warning" not in line and not line.startswith("  ")]
-    assert len(lines) == 1 and lines[0].startswith(f"{name_of(script)}.py: error: "), error
-    return lines[0]
+    assert error.count("\n") == 1 and error.startswith(f"{name_of(script)}.py: error: "), error
+    return error
 
 
 # ---------------------------------------- Shape ----------------------------------------
@@ -216,18 +216,25 @@ def wait_for(path, process, seconds=60):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_leave_a_valid_checkpoint(script, tmp_path, number, code):
-    process = subprocess.Popen([sys.executable, script.__file__, *tiny(script, tmp_path, "--epochs", 1000)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("*/last.pt")):
+@pytest.mark.parametrize("number, code, group", [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)])
+def test_signals_leave_a_valid_checkpoint(script, tmp_path, number, code, group):
+    """SIGTERM to the whole process group, as schedulers send it, with workers that read files."""
+    from test_common import write_folder
+
+    flags = ["--epochs", 1000]
+    if group:
+        root = write_folder(tmp_path, per_class=8)
+        flags += ["--dataset", f"folder:{root}", "--image-size", 32, "--batch-size", 8, "--workers", 1]
+    process = subprocess.Popen([sys.executable, script.__file__, *tiny(script, tmp_path / "runs", *flags)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list((tmp_path / "runs").glob("*/last.pt")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(number)
+    os.killpg(process.pid, number) if group else process.send_signal(number)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == code
-    assert "Traceback" not in error and "--resume" in error
-    (folder,) = tmp_path.iterdir()
+    assert process.returncode == code, error
+    assert error.count("\n") == 1 and "--resume" in error, error
+    (folder,) = (tmp_path / "runs").iterdir()
     torch.load(folder / "last.pt", weights_only=True)
 
 
@@ -251,34 +258,62 @@ def test_resume_of_nothing_starts_and_of_a_finished_run_ends_at_once(script, tmp
 
 
 class CountReads(TorchDispatchMode):
-    """Counts what would wait for a GPU: .item(), bool() and printing of a tensor, .cpu(), .tolist()."""
+    """Counts the operations that would wait for a GPU: reading a number (.item(), bool(), float()), boolean masks as
+    indices, nonzero. Those that a CPU tensor answers without an operation are counted by `count_reads`."""
 
     def __init__(self):
         super().__init__()
         self.reads = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.reads += function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        aten, packet = torch.ops.aten, function.overloadpacket
+        masks = [i for i in args[1] if i is not None and i.dtype == torch.bool] if packet in (aten.index, aten.index_put_) else []
+        self.reads += packet in (aten._local_scalar_dense, aten.nonzero) or bool(masks)
         return function(*args, **(kwargs or {}))
 
 
-def reads_of_a_run(script, out_dir, steps) -> int:
-    with CountReads() as mode:
-        script.main(tiny(script, out_dir, "--epochs", 1, "--max-steps", steps))
+@contextmanager
+def count_reads():
+    with CountReads() as mode, pytest.MonkeyPatch.context() as patch:
+        for name in ("cpu", "tolist", "numpy", "__repr__"):
+            original = getattr(torch.Tensor, name)
+
+            def counted(*args, original=original, **kwargs):
+                mode.reads += 1
+                return original(*args, **kwargs)
+
+            patch.setattr(torch.Tensor, name, counted)
+        yield mode
+
+
+def reads_of_a_run(script, out_dir, steps, *flags) -> int:
+    with count_reads() as mode:
+        script.main(tiny(script, out_dir, "--epochs", 1, "--max-steps", steps, *flags))
     return mode.reads
 
 
-def test_an_epoch_reads_the_same_however_many_steps_it_has(script, tmp_path, monkeypatch):
-    assert reads_of_a_run(script, tmp_path / "a", 2) == reads_of_a_run(script, tmp_path / "b", 7)
-    step = script.primary_step  # the negative control: one .item() a step is seen
+READ_FLAGS = {"wamal": [[], ["--aux-set", "0.2"], ["--method", "human"], ["--method", "single"], ["--cosine-batches", "2"]]}
+
+
+def test_an_epoch_reads_the_same_however_many_steps_it_has(script, tmp_path):
+    for i, flags in enumerate(READ_FLAGS[name_of(script)]):
+        few, many = (reads_of_a_run(script, tmp_path / f"{i}-{n}", n, *flags) for n in (2, 7))
+        assert few == many, flags
+
+
+@pytest.mark.parametrize("read", [
+    lambda t: t.item(), lambda t: bool(t > 0), lambda t: t.cpu(), lambda t: t.tolist(), lambda t: str(t), lambda t: t[t > 0],
+], ids=["item", "bool", "cpu", "tolist", "print", "mask"])  # fmt: skip
+def test_a_read_in_every_step_would_be_noticed(script, tmp_path, monkeypatch, read):
+    step = script.primary_step
 
     def reading_step(*args, **kwargs):
         result = step(*args, **kwargs)
-        result[0].item()
+        read(result[0])
         return result
 
     monkeypatch.setattr(script, "primary_step", reading_step)
-    assert reads_of_a_run(script, tmp_path / "d", 7) == reads_of_a_run(script, tmp_path / "c", 2) + 5
+    assert reads_of_a_run(script, tmp_path / "many", 7) >= reads_of_a_run(script, tmp_path / "few", 2) + 5
 
 
 # ---------------------------------------- Wrong input ----------------------------------------
@@ -305,6 +340,11 @@ def test_an_epoch_reads_the_same_however_many_steps_it_has(script, tmp_path, mon
     (["--no-such-flag"], "--no-such-flag"),
     (["--epoch", "3"], "--epoch"),
     (["--pretrained"], "nets.py"),
+    (["--epochs", "9" * 400], "int from 1"),
+    (["--lr", "1e300"], "'1e300'"),
+    (["--device", "cuda:99999999999999999999"], "no device"),
+    (["--backbone", "tests/nets.py:torch"], "nets.py"),
+    (["--backbone", "resnet18:"], "unknown backbone"),
 ])  # fmt: skip
 def test_wrong_arguments_get_one_line_and_code_2(script, tmp_path, capsys, arguments, said):
     assert said in refuses(script, capsys, *tiny(script, tmp_path / "runs"), *arguments)
@@ -337,10 +377,10 @@ def test_a_run_is_never_overwritten(script, tmp_path, capsys):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["last.pt", "config.json"])
-def test_a_damaged_file_of_the_run_is_named(script, tmp_path, capsys, name):
+@pytest.mark.parametrize("name, text", [("last.pt", None), ("config.json", None), ("config.json", "{}"), ("config.json", "[]")])
+def test_a_damaged_file_of_the_run_is_named(script, tmp_path, capsys, name, text):
     folder = Path(script.main(tiny(script, tmp_path, "--epochs", 1))["folder"])
-    (folder / name).write_bytes((folder / name).read_bytes()[:100])
+    (folder / name).write_bytes((folder / name).read_bytes()[:100] if text is None else text.encode())
     assert str(folder / name) in refuses(script, capsys, *tiny(script, tmp_path, "--epochs", 1, "--resume"))
 
 
@@ -385,6 +425,22 @@ def test_a_non_finite_loss_stops_with_code_3_and_keeps_the_checkpoint(script, tm
     assert len(numbers(folder)) == 1
     state = torch.load(folder / "last.pt", weights_only=True)
     assert all(t.isfinite().all() for network in TINY[name_of(script)][1] for t in state[network].values())
+
+
+def test_a_network_ruined_by_the_last_step_is_not_saved(script, tmp_path, capsys, monkeypatch):
+    """The loss before the last step is finite, what the step leaves is not."""
+    step = script.primary_step
+
+    def ruining_step(network, *args):
+        result = step(network, *args)
+        next(network.parameters()).data.mul_(math.inf)
+        return result
+
+    monkeypatch.setattr(script, "primary_step", ruining_step)
+    with pytest.raises(SystemExit) as stop:
+        script.main(tiny(script, tmp_path, "--epochs", 1, "--max-steps", 1, "--method", "single"))
+    assert stop.value.code == 3 and "not finite" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/last.pt"))
 
 
 def test_plot_without_matplotlib_says_so_before_it_trains(script, tmp_path, capsys, monkeypatch):

@@ -142,6 +142,7 @@ CASES = [
     # backbone, psi, images, options
     pytest.param(convnet4, [5, 5, 5], 4, {}, id="convnet4"),
     pytest.param(convnet4, [3, 1, 4], 4, {}, id="unequal-psi"),
+    pytest.param(convnet4, [3, 1, 4], 4, {"channels_last": True}, id="channels-last"),
     pytest.param(convnet4, [2, 3, 2], 4, {"upper": True}, id="upper"),
     pytest.param(convnet4, [2, 3, 2], 4, {"missing_class": True}, id="missing-class"),
     pytest.param(convnet4, [2, 3], 4, {"weighting": "batch"}, id="batch-weighting"),
@@ -162,6 +163,10 @@ def test_hypergradient_equals_double_backward(backbone, psi, images, options):
     options = dict(options)
     problem = {k: options.pop(k) for k in ("upper", "missing_class") if k in options}
     primary, label_network, x, y, upper = make_problem(backbone, psi, images, **problem)
+    if options.pop("channels_last", False):  # as common.check_trunk lays the scripts' networks out
+        for network in (primary, label_network):
+            network.to(memory_format=torch.channels_last)
+            network.trunk.layout = torch.channels_last
     settings = {"lr": 0.1, "r": 2.0, "entropy_weight": 0.2, "weighting": "sample", "normalize": False} | options
     torch.manual_seed(1)
     slow = slow_objective(copy.deepcopy(primary), label_network, x, y, upper=upper, **settings)
@@ -253,6 +258,8 @@ def test_bf16_hypergradient_points_the_same_way():
     x, y = torch.randn(64, 3, 32, 32), torch.arange(64) % 4
     exact = wamal.hypergradient(copy.deepcopy(primary), label_network, x, y, lr=0.1, r=2)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        soft_labels, w = label_network(x, y)
+        assert soft_labels.dtype == w.dtype == primary(x)[0].dtype == torch.float32, "only the trunks run in bf16"
         rough = wamal.hypergradient(primary, label_network, x, y, lr=0.1, r=2)
     a, b = (torch.cat([g.flatten() for g in gs]) for gs in (exact, rough))
     assert b.dtype == torch.float32 and torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.95
@@ -528,7 +535,11 @@ def test_analyze_errors(run, tmp_path, capsys):
     (["--psi", "2", "3"], "2 numbers for the 4 classes"),
     (["--psi", "0"], "'0'"),
     (["--r", "-1"], "'-1'"),
-    (["--method", "single", "--aux-set", "0.1"], "label network"),
+    (["--method", "single", "--aux-set", "0.1"], "--aux-set is not for --method single"),
+    (["--method", "human", "--label-noise", "0.1"], "--label-noise is not for --method human"),
+    (["--method", "maxl", "--r", "3"], "--r is not for --method maxl"),
+    (["--optimizer", "adam", "--momentum", "0.9"], "sgd"),
+    (["--aux-set", "0.0001", "--train-fraction", "0.001"], "batch of"),
     (["--weighting", "batch", "--normalize-weights"], "leaves nothing"),
     (["--aux-set", "1"], "'1'"),
     (["--image-size", "64"], "fixed at 32"),

@@ -310,7 +310,9 @@ def gradient_cosine(primary, x, y, labels, weight):
     buffers = {name: b.clone() for name, b in primary.named_buffers()}
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         primary_logits, auxiliary_logits = functional_call(primary, buffers, (x,))
-    trunk = [p for p in primary.trunk.parameters() if p.requires_grad] or fail("the trunk has no gradient to compare")
+    trunk = [p for p in primary.trunk.parameters() if p.requires_grad]
+    if not trunk:
+        raise InputError("the trunk has no parameter to train, so there are no gradients to compare")
     losses = focal_loss(primary_logits, y).mean(), (weight * focal_loss(auxiliary_logits, labels)).mean()
     a, b = (torch.autograd.grad(loss, trunk, retain_graph=True, materialize_grads=True) for loss in losses)
     return torch.cosine_similarity(torch.cat([t.flatten() for t in a]), torch.cat([t.flatten() for t in b]), dim=0)
@@ -610,7 +612,7 @@ def train(args) -> dict:
 
         # The epoch's figures: its only reads from the device
         progress.close()
-        seconds, bad = time.perf_counter() - began, int(first_bad)
+        bad, seconds = int(first_bad), time.perf_counter() - began  # in this order: the read waits for the device
         test = evaluate(primary, test_loader, autocast)
         values = [v for n in (primary, label_network) if n is not None for v in n.state_dict().values() if v.is_floating_point()]
         if bad < taken or not math.isfinite(test["test_loss"]) or not torch.stack([v.isfinite().all() for v in values]).all():

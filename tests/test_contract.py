@@ -182,11 +182,10 @@ def test_the_t_quantiles_of_the_interval(script, tmp_path):
 
 
 def test_killed_and_resumed_it_ends_with_the_same_bits(script, tmp_path):
-    """SIGKILL as soon as the first epoch's checkpoint is there, then --resume, from the shell."""
-    whole = Path(json.loads(run_to_end(script, tmp_path / "whole"))["folder"])
-    process = subprocess.Popen([sys.executable, script.__file__, *tiny(script, tmp_path / "cut", "--epochs", 8)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """SIGKILL as soon as the first epoch's checkpoint is there, then --resume, from the shell; beside a whole run."""
+    whole = Path(script.main(tiny(script, tmp_path / "whole", "--epochs", 8))["folder"])
     folder = tmp_path / "cut" / whole.name
+    process = start(script, *tiny(script, tmp_path / "cut", "--epochs", 8))
     wait_for(folder / "last.pt", process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -194,6 +193,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(script, tmp_path):
     assert 0 < len(done) < 8, "the run was over before it was killed"
     result = shell(script, *tiny(script, tmp_path / "cut", "--epochs", 8, "--resume"))
     assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].endswith(str(folder)), "the last line names the folder"
     assert numbers(folder) == numbers(whole)
     states = [torch.load(f / "last.pt", weights_only=True) for f in (whole, folder)]
     assert same_state(*states)
@@ -201,12 +201,9 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(script, tmp_path):
     assert not same_state(*states)
 
 
-def run_to_end(script, out_dir) -> str:
-    result = shell(script, *tiny(script, out_dir, "--epochs", 8))
-    assert result.returncode == 0, result.stderr
-    (folder,) = out_dir.iterdir()
-    assert result.stdout.strip().splitlines()[-1].endswith(str(folder)), "the last line names the folder"
-    return (folder / "summary.json").read_text()
+def start(script, *arguments):
+    return subprocess.Popen([sys.executable, script.__file__, *map(str, arguments)], cwd=ROOT, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
 def wait_for(path, process, seconds=60):
@@ -216,25 +213,37 @@ def wait_for(path, process, seconds=60):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number, code, group", [(signal.SIGINT, 130, False), (signal.SIGTERM, 143, True)])
-def test_signals_leave_a_valid_checkpoint(script, tmp_path, number, code, group):
-    """SIGTERM to the whole process group, as schedulers send it, with workers that read files."""
+def test_sigterm_leaves_a_valid_checkpoint(script, tmp_path):
+    """To the whole process group, as schedulers send it, with a worker that reads files."""
     from test_common import write_folder
 
-    flags = ["--epochs", 1000]
-    if group:
-        root = write_folder(tmp_path, per_class=8)
-        flags += ["--dataset", f"folder:{root}", "--image-size", 32, "--batch-size", 8, "--workers", 1]
-    process = subprocess.Popen([sys.executable, script.__file__, *tiny(script, tmp_path / "runs", *flags)], cwd=ROOT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list((tmp_path / "runs").glob("*/last.pt")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, number) if group else process.send_signal(number)
+    flags = ["--dataset", f"folder:{write_folder(tmp_path, 8)}", "--image-size", 32, "--batch-size", 8, "--workers", 1]
+    process = start(script, *tiny(script, tmp_path / "runs", "--epochs", 1000, *flags))
+    checkpoint = script.run_folder(script.parse_args(tiny(script, tmp_path / "runs", *flags))) / "last.pt"
+    wait_for(checkpoint, process)
+    os.killpg(process.pid, signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == code, error
-    assert error.count("\n") == 1 and "--resume" in error, error
-    (folder,) = (tmp_path / "runs").iterdir()
+    assert process.returncode == 143 and error.count("\n") == 1 and "--resume" in error, error
+    torch.load(checkpoint, weights_only=True)
+
+
+def test_ctrl_c_leaves_a_valid_checkpoint(script, tmp_path, capsys, monkeypatch):
+    """In the second step of the second epoch."""
+    step, calls = script.primary_step, []
+
+    def interrupted_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(script, "primary_step", interrupted_step)
+    with pytest.raises(SystemExit) as stop:
+        script.main(tiny(script, tmp_path))
+    error = capsys.readouterr().err
+    assert stop.value.code == 130 and error.count("\n") == 1 and "--resume" in error, error
+    (folder,) = tmp_path.iterdir()
+    assert len(numbers(folder)) == 1
     torch.load(folder / "last.pt", weights_only=True)
 
 

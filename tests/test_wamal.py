@@ -353,9 +353,9 @@ def threads():
 
 
 def test_the_claim_corrupted_samples_weigh_less_and_accuracy_beats_maxl(threads):
-    """With a clean auxiliary set, in the mean of 5 seeds: at the same learning rate, and each method at its better one of
-    two, since learned weights also change the size of the step."""
-    runs = {(r, lr): [train_on_noise(seed, r, lr=lr) for seed in range(5)] for r in (5.0, 0.0) for lr in (0.05, 0.1)}
+    """With a clean auxiliary set, in the mean of 5 seeds. Learned weights also change the size of the step, so MAXL gets
+    the same learning rate and its own best one as well (the README has the table)."""
+    runs = {(r, lr): [train_on_noise(seed, r, lr=lr) for seed in range(5)] for r, lr in ((5.0, 0.05), (0.0, 0.05), (0.0, 0.1))}
     accuracy = {key: sum(run[0] for run in group) / 5 for key, group in runs.items()}
     ratios, gaps = [], []  # of mean weights, corrupted over clean; of mean log2 weights, clean less corrupted
     for _, w, noisy in runs[5.0, 0.05]:
@@ -364,8 +364,7 @@ def test_the_claim_corrupted_samples_weigh_less_and_accuracy_beats_maxl(threads)
         gaps.append(float(weight[~noisy].log2().mean() - weight[noisy].log2().mean()))
     print(f"accuracy by (r, learning rate): {accuracy}\nweight ratios: {ratios}\nlog2 gaps: {gaps}")
     assert sum(ratios) / 5 < 0.95 and sum(gaps) / 5 > 0.5, (ratios, gaps)
-    assert accuracy[5.0, 0.05] > accuracy[0.0, 0.05] + 1, accuracy
-    assert max(accuracy[5.0, lr] for lr in (0.05, 0.1)) > max(accuracy[0.0, lr] for lr in (0.05, 0.1)), accuracy
+    assert accuracy[5.0, 0.05] > max(accuracy[0.0, 0.05], accuracy[0.0, 0.1]), accuracy
 
 
 def test_without_a_clean_set_the_weights_go_to_the_upper_bound(threads):

@@ -18,10 +18,12 @@ import torch
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SCRIPTS = ["wamal"]
+SCRIPTS = ["wamal", "maxl"]
 TINY = {  # arguments of a run of a few seconds on data made in memory; the checkpoint's entries that must change in it
     "wamal": (["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--epochs", "2", "--max-steps", "3"],
               ["primary", "label_network"]),
+    "maxl": (["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--epochs", "2", "--max-steps", "3"],
+             ["primary", "label_network"]),
 }
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]
@@ -301,7 +303,11 @@ def reads_of_a_run(script, out_dir, steps, *flags) -> int:
     return mode.reads
 
 
-READ_FLAGS = {"wamal": [[], ["--aux-set", "0.2"], ["--method", "human"], ["--method", "single"], ["--cosine-batches", "2"]]}
+READ_FLAGS = {
+    "wamal": [[], ["--aux-set", "0.2"], ["--method", "human"], ["--method", "single"], ["--cosine-batches", "2"]],
+    "maxl": [[], ["--held-out", "0.2"], ["--method", "maxl-first-order"], ["--method", "random"], ["--method", "single"],
+             ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]],
+}
 
 
 def test_an_epoch_reads_the_same_however_many_steps_it_has(script, tmp_path):
@@ -335,7 +341,7 @@ def test_a_read_in_every_step_would_be_noticed(script, tmp_path, monkeypatch, re
     (["--backbone", "nowhere.py:net"], "nowhere.py"),
     (["--backbone", "tests/nets.py:linear_first"], "last Linear"),
     (["--backbone", "vit_b_16"], "32x32"),
-    (["--method", "best"], "wamal"),
+    (["--method", "best"], "choose from"),
     (["--epochs", "0"], "'0' is not a finite int from 1"),
     (["--epochs", "2.5"], "'2.5'"),
     (["--lr", "nan"], "'nan'"),

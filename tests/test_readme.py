@@ -37,7 +37,7 @@ def flag_table(script: str) -> str:
     return "\n".join(rows)
 
 
-@pytest.mark.parametrize("script", ["wamal"])
+@pytest.mark.parametrize("script", ["wamal", "maxl"])
 def test_flag_tables_are_those_of_help(script):
     assert flag_table(script) in README, f"the table should be:\n{flag_table(script)}"
 
@@ -56,7 +56,7 @@ def test_every_command_parses():
     assert len(found) >= 5
     for script, flags in found:
         importlib.import_module(script).parse_args(shlex.split(flags.replace("$seed", "1")))
-    assert set(re.findall(r"python (\S+\.py)", README)) <= {"wamal.py", "tests/benchmark.py"}
+    assert set(re.findall(r"python (\S+\.py)", README)) <= {"wamal.py", "maxl.py", "tests/benchmark.py"}
 
 
 def test_links_and_files_exist():

@@ -12,8 +12,8 @@ that keeps all sub-classes in use; the two are trained in alternating epochs.
     (5)  focal loss: l(p, t) = -sum_k t_k (1 - p_k)^gamma log p_k, t one-hot or soft
     (6)  H = sum_k m_k log m_k with m the mean of g(x, y) over the batch               the negative entropy
 
-    python maxl.py --dataset synthetic                               a check that all works; not yet timed
-    python maxl.py --dataset cifar100-20 --aux-level 100 --backbone convnet4 --train-fraction 0.2 --epochs 3    not yet timed
+    python maxl.py --dataset synthetic                               93.6 % (chance 25 %) in under a minute on 2 CPU cores
+    python maxl.py --dataset cifar100-20 --aux-level 100 --backbone convnet4 --train-fraction 0.2 --epochs 3    not yet run here
     python maxl.py --dataset cifar100-20 --aux-level 100             supplement, Table 2: 74.27 %, 200 epochs; not yet run here
 
 Departures from the paper [P], its supplement [S] and its authors' code [C]. The equations' numbers are ours.

@@ -240,8 +240,12 @@ def test_ctrl_c_leaves_a_valid_checkpoint(script, tmp_path, capsys, monkeypatch)
         return step(*args, **kwargs)
 
     monkeypatch.setattr(script, "primary_step", interrupted_step)
-    with pytest.raises(SystemExit) as stop:
-        script.main(tiny(script, tmp_path))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell has it ignored
+    try:
+        with pytest.raises(SystemExit) as stop:
+            script.main(tiny(script, tmp_path))
+    finally:
+        signal.signal(signal.SIGINT, before)
     error = capsys.readouterr().err
     assert stop.value.code == 130 and error.count("\n") == 1 and "--resume" in error, error
     (folder,) = tmp_path.iterdir()

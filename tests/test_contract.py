@@ -1,4 +1,4 @@
-"""What every script promises, whatever its method: add a script's name to SCRIPTS (and a line to TINY) to hold it to it."""
+"""What every script promises, whatever its method: a script is held to it by its line in SCRIPTS."""
 
 import ast
 import importlib
@@ -10,21 +10,40 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SCRIPTS = ["wamal", "maxl"]
-TINY = {  # arguments of a run of a few seconds on data made in memory; the checkpoint's entries that must change in it
-    "wamal": (["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--epochs", "2", "--max-steps", "3"],
-              ["primary", "label_network"]),
-    "maxl": (["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--epochs", "2", "--max-steps", "3"],
-             ["primary", "label_network"]),
-}
+IMAGES = ["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--epochs", "2"]
+
+
+class Facts(NamedTuple):
+    """What the tests must know of a script."""
+
+    tiny: list[str]  # arguments of two epochs of three steps, in a second or so, on data made in memory
+    networks: list[str]  # the entries of its checkpoint that must change in that run
+    step: str = "primary_step"  # what each step of the loop calls, network first; it returns a tensor, or a tuple with one first
+    steps_flag: str = "--max-steps"  # how many steps an epoch has
+    metric: str = "test_accuracy"
+    best: Callable = max
+    unknown: str = "cifar100-20"  # a data set that the error about an unknown one must name
+    missing: tuple[str, str, str] = ("cifar100-20", "CIFAR100", "cifar-100-python.tar.gz")  # data set, torchvision's, what to put
+    reads: Sequence[list[str]] = ([],)  # flags of the runs whose reads from the device are counted
+
+
+SCRIPTS = {
+    "wamal": Facts([*IMAGES, "--max-steps", "3"], ["primary", "label_network"], reads=[
+        [], ["--aux-set", "0.2"], ["--method", "human"], ["--method", "single"], ["--cosine-batches", "2"]]),
+    "maxl": Facts([*IMAGES, "--max-steps", "3"], ["primary", "label_network"], reads=[
+        [], ["--held-out", "0.2"], ["--method", "maxl-first-order"], ["--method", "random"], ["--method", "single"],
+        ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]]),
+}  # fmt: skip
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]
 SECTIONS = ["Networks", "Losses and the bi-level step", "Plumbing: the same text in all six scripts", "Training"]
@@ -41,8 +60,19 @@ def name_of(script) -> str:
     return Path(script.__file__).stem
 
 
+def facts(script) -> Facts:
+    return SCRIPTS[name_of(script)]
+
+
+def has_flags(script, arguments) -> bool:
+    """Whether these arguments make sense for the script: it has the flag, and reads image folders where one is named."""
+    if arguments[1:] == ["folder:/nowhere"]:
+        arguments = ["--image-size"]
+    return arguments[0] in ("--no-such-flag", "--epoch") or hasattr(script.parse_args([]), arguments[0][2:].replace("-", "_"))
+
+
 def tiny(script, out_dir, *more) -> list[str]:
-    return [*TINY[name_of(script)][0], "--device", "cpu", "--out-dir", str(out_dir), *map(str, more)]
+    return [*facts(script).tiny, "--device", "cpu", "--out-dir", str(out_dir), *map(str, more)]
 
 
 def shell(script, *arguments):
@@ -92,7 +122,7 @@ def test_sections_and_entry_points_come_in_the_common_order(script):
 
 def test_plumbing_is_the_same_text_in_every_script(script):
     for name in PLUMBING:
-        ours, first = (inspect.getsource(getattr(m, name)) for m in (script, importlib.import_module(SCRIPTS[0])))
+        ours, first = (inspect.getsource(getattr(m, name)) for m in (script, importlib.import_module("wamal")))
         assert ours == first, f"{name} has drifted"
 
 
@@ -132,7 +162,7 @@ def test_every_flag_has_a_help_sentence(script, monkeypatch):
 
 
 def test_tiny_run_leaves_its_files_and_changes_every_network(script, tmp_path):
-    summary = script.main(tiny(script, tmp_path))
+    summary, metric = script.main(tiny(script, tmp_path)), facts(script).metric
     folder = Path(summary["folder"])
     assert sorted(p.name for p in folder.iterdir()) == ["config.json", "last.pt", "metrics.jsonl", "summary.json"]
     assert json.loads((folder / "summary.json").read_text()) == summary
@@ -141,12 +171,12 @@ def test_tiny_run_leaves_its_files_and_changes_every_network(script, tmp_path):
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in metrics] == [1, 2]
     assert all(line["images_per_second"] > 0 and line["milliseconds_per_step"] > 0 for line in metrics)
-    assert summary["test_accuracy"] == metrics[-1]["test_accuracy"]
-    assert summary["best_test_accuracy"] == max(line["test_accuracy"] for line in metrics)
+    assert summary[metric] == metrics[-1][metric]
+    assert summary[f"best_{metric}"] == facts(script).best(line[metric] for line in metrics)
 
     one = Path(script.main(tiny(script, tmp_path / "one", "--epochs", 1))["folder"])
     states = [torch.load(f / "last.pt", weights_only=True) for f in (one, folder)]
-    for network in TINY[name_of(script)][1]:
+    for network in facts(script).networks:
         for name, value in states[0][network].items():
             if name.endswith("weight"):
                 assert not torch.equal(value, states[1][network][name]), f"{network}.{name} did not change in the second epoch"
@@ -159,11 +189,12 @@ def test_same_seed_same_numbers_other_seed_others(script, tmp_path):
 
 def test_seeds_run_in_turn_and_are_summed_up(script, tmp_path, capsys):
     summary = script.main(tiny(script, tmp_path, "--epochs", 1, "--seeds", 0, 1, 2))
-    values = [run["test_accuracy"] for run in summary["runs"]]
+    metric = facts(script).metric
+    values = [run[metric] for run in summary["runs"]]
     mean = sum(values) / 3
     std = math.sqrt(sum((v - mean) ** 2 for v in values) / 2)
-    assert abs(summary["test_accuracy"] - mean) < 1e-9 and abs(summary["test_accuracy_std"] - std) < 1e-9
-    assert abs(summary["test_accuracy_interval95"] - 4.303 * std / math.sqrt(3)) < 1e-9
+    assert abs(summary[metric] - mean) < 1e-9 and abs(summary[f"{metric}_std"] - std) < 1e-9
+    assert abs(summary[f"{metric}_interval95"] - 4.303 * std / math.sqrt(3)) < 1e-9
     assert len(list(tmp_path.iterdir())) == 3 and "95 % interval" in capsys.readouterr().out.splitlines()[-1]
 
 
@@ -219,7 +250,9 @@ def test_sigterm_leaves_a_valid_checkpoint(script, tmp_path):
     """To the whole process group, as schedulers send it, with a worker that reads files."""
     from test_common import write_folder
 
-    flags = ["--dataset", f"folder:{write_folder(tmp_path, 8)}", "--image-size", 32, "--batch-size", 8, "--workers", 1]
+    flags = []
+    if has_flags(script, ["--image-size"]):
+        flags = ["--dataset", f"folder:{write_folder(tmp_path, 8)}", "--image-size", 32, "--batch-size", 8, "--workers", 1]
     process = start(script, *tiny(script, tmp_path / "runs", "--epochs", 1000, *flags))
     checkpoint = script.run_folder(script.parse_args(tiny(script, tmp_path / "runs", *flags))) / "last.pt"
     wait_for(checkpoint, process)
@@ -231,7 +264,7 @@ def test_sigterm_leaves_a_valid_checkpoint(script, tmp_path):
 
 def test_ctrl_c_leaves_a_valid_checkpoint(script, tmp_path, capsys, monkeypatch):
     """In the second step of the second epoch."""
-    step, calls = script.primary_step, []
+    step, calls = getattr(script, facts(script).step), []
 
     def interrupted_step(*args, **kwargs):
         calls.append(1)
@@ -239,7 +272,7 @@ def test_ctrl_c_leaves_a_valid_checkpoint(script, tmp_path, capsys, monkeypatch)
             signal.raise_signal(signal.SIGINT)
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(script, "primary_step", interrupted_step)
+    monkeypatch.setattr(script, facts(script).step, interrupted_step)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's shell has it ignored
     try:
         with pytest.raises(SystemExit) as stop:
@@ -303,19 +336,12 @@ def count_reads():
 
 def reads_of_a_run(script, out_dir, steps, *flags) -> int:
     with count_reads() as mode:
-        script.main(tiny(script, out_dir, "--epochs", 1, "--max-steps", steps, *flags))
+        script.main(tiny(script, out_dir, "--epochs", 1, facts(script).steps_flag, steps, *flags))
     return mode.reads
 
 
-READ_FLAGS = {
-    "wamal": [[], ["--aux-set", "0.2"], ["--method", "human"], ["--method", "single"], ["--cosine-batches", "2"]],
-    "maxl": [[], ["--held-out", "0.2"], ["--method", "maxl-first-order"], ["--method", "random"], ["--method", "single"],
-             ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]],
-}
-
-
 def test_an_epoch_reads_the_same_however_many_steps_it_has(script, tmp_path):
-    for i, flags in enumerate(READ_FLAGS[name_of(script)]):
+    for i, flags in enumerate(facts(script).reads):
         few, many = (reads_of_a_run(script, tmp_path / f"{i}-{n}", n, *flags) for n in (2, 7))
         assert few == many, flags
 
@@ -324,14 +350,14 @@ def test_an_epoch_reads_the_same_however_many_steps_it_has(script, tmp_path):
     lambda t: t.item(), lambda t: bool(t > 0), lambda t: t.cpu(), lambda t: t.tolist(), lambda t: str(t), lambda t: t[t > 0],
 ], ids=["item", "bool", "cpu", "tolist", "print", "mask"])  # fmt: skip
 def test_a_read_in_every_step_would_be_noticed(script, tmp_path, monkeypatch, read):
-    step = script.primary_step
+    step = getattr(script, facts(script).step)
 
     def reading_step(*args, **kwargs):
         result = step(*args, **kwargs)
-        read(result[0])
+        read(result[0] if isinstance(result, tuple) else result)
         return result
 
-    monkeypatch.setattr(script, "primary_step", reading_step)
+    monkeypatch.setattr(script, facts(script).step, reading_step)
     assert reads_of_a_run(script, tmp_path / "many", 7) >= reads_of_a_run(script, tmp_path / "few", 2) + 5
 
 
@@ -366,6 +392,9 @@ def test_a_read_in_every_step_would_be_noticed(script, tmp_path, monkeypatch, re
     (["--backbone", "resnet18:"], "unknown backbone"),
 ])  # fmt: skip
 def test_wrong_arguments_get_one_line_and_code_2(script, tmp_path, capsys, arguments, said):
+    if not has_flags(script, arguments):
+        pytest.skip(f"{name_of(script)}.py has no {arguments[0]}")
+    said = facts(script).unknown if said == "cifar100-20" else said
     assert said in refuses(script, capsys, *tiny(script, tmp_path / "runs"), *arguments)
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
@@ -382,9 +411,10 @@ def test_missing_data_says_which_files_go_where(script, tmp_path, capsys, monkey
     def no_network(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", no_network)
-    line = refuses(script, capsys, "--dataset", "cifar100-20", "--data-root", tmp_path / "data", "--out-dir", tmp_path / "runs")
-    assert "cifar-100-python.tar.gz" in line and str(tmp_path / "data") in line and "no network" in line
+    dataset, downloaded, wanted = facts(script).missing
+    monkeypatch.setattr(torchvision.datasets, downloaded, no_network)
+    line = refuses(script, capsys, "--dataset", dataset, "--data-root", tmp_path / "data", "--out-dir", tmp_path / "runs")
+    assert wanted in line and str(tmp_path / "data") in line and "no network" in line
 
 
 def test_a_run_is_never_overwritten(script, tmp_path, capsys):
@@ -423,18 +453,16 @@ def test_other_threads_are_said_on_resume(script, tmp_path, capsys):
 
 
 def test_a_non_finite_loss_stops_with_code_3_and_keeps_the_checkpoint(script, tmp_path, capsys, monkeypatch):
-    """From the second step of the second epoch on, images are infinite."""
-    import common
+    """From the second step of the second epoch on, the network's weights are infinite."""
+    step, calls = getattr(script, facts(script).step), []
 
-    original, seen = common.DeviceLoader.__iter__, []
+    def poisoned_step(network, *args, **kwargs):
+        calls.append(1)
+        if len(calls) >= 5:
+            next(network.parameters()).data.mul_(math.inf)
+        return step(network, *args, **kwargs)
 
-    def poisoned(loader):
-        if loader.train:
-            seen.append(loader)
-        for step, (x, y, index) in enumerate(original(loader)):
-            yield (x * math.inf if loader.train and len(seen) > 2 and step >= 1 else x), y, index
-
-    monkeypatch.setattr(common.DeviceLoader, "__iter__", poisoned)
+    monkeypatch.setattr(script, facts(script).step, poisoned_step)
     with pytest.raises(SystemExit) as stop:
         script.main(tiny(script, tmp_path, "--epochs", 3))
     assert stop.value.code == 3
@@ -443,21 +471,21 @@ def test_a_non_finite_loss_stops_with_code_3_and_keeps_the_checkpoint(script, tm
     (folder,) = tmp_path.iterdir()
     assert len(numbers(folder)) == 1
     state = torch.load(folder / "last.pt", weights_only=True)
-    assert all(t.isfinite().all() for network in TINY[name_of(script)][1] for t in state[network].values())
+    assert all(t.isfinite().all() for network in facts(script).networks for t in state[network].values())
 
 
 def test_a_network_ruined_by_the_last_step_is_not_saved(script, tmp_path, capsys, monkeypatch):
     """The loss before the last step is finite, what the step leaves is not."""
-    step = script.primary_step
+    step = getattr(script, facts(script).step)
 
-    def ruining_step(network, *args):
-        result = step(network, *args)
+    def ruining_step(network, *args, **kwargs):
+        result = step(network, *args, **kwargs)
         next(network.parameters()).data.mul_(math.inf)
         return result
 
-    monkeypatch.setattr(script, "primary_step", ruining_step)
+    monkeypatch.setattr(script, facts(script).step, ruining_step)
     with pytest.raises(SystemExit) as stop:
-        script.main(tiny(script, tmp_path, "--epochs", 1, "--max-steps", 1, "--method", "single"))
+        script.main(tiny(script, tmp_path, "--epochs", 1, facts(script).steps_flag, 1, "--method", "single"))
     assert stop.value.code == 3 and "not finite" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/last.pt"))
 

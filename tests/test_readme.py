@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 
 
@@ -37,15 +38,15 @@ def flag_table(script: str) -> str:
     return "\n".join(rows)
 
 
-@pytest.mark.parametrize("script", ["wamal", "maxl"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_flag_tables_are_those_of_help(script):
     assert flag_table(script) in README, f"the table should be:\n{flag_table(script)}"
 
 
-def test_python_blocks_run(tmp_path):
-    blocks = [code for language, code in BLOCKS if language == "python"]
-    assert len(blocks) == 1 and len(blocks[0].splitlines()) <= 25
-    (tmp_path / "copied.py").write_text(blocks[0])
+@pytest.mark.parametrize("code", [code for language, code in BLOCKS if language == "python"])
+def test_python_blocks_run(tmp_path, code):
+    assert len(code.splitlines()) <= 25
+    (tmp_path / "copied.py").write_text(code)
     result = subprocess.run([sys.executable, tmp_path / "copied.py"], env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -56,7 +57,7 @@ def test_every_command_parses():
     assert len(found) >= 5
     for script, flags in found:
         importlib.import_module(script).parse_args(shlex.split(flags.replace("$seed", "1")))
-    assert set(re.findall(r"python (\S+\.py)", README)) <= {"wamal.py", "maxl.py", "tests/benchmark.py"}
+    assert set(re.findall(r"python (\S+\.py)", README)) <= {f"{script}.py" for script in SCRIPTS} | {"tests/benchmark.py"}
 
 
 def test_links_and_files_exist():

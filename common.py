@@ -4,6 +4,7 @@
     loader = make_loader(image_set.train, image_set, 100, device, train=True, generator=generator)
     for x, y, index in loader: ...                               # (B, 3, H, W), (B,), (B,), all on the device
     trunk, width = strip_classifier(build_backbone("resnet18"))  # (B, 3, H, W) -> (B, width)
+    scene_set = load_scene_set("synthetic-scenes")               # segmentation, depth and normals of rendered rooms
 
 Whatever is wrong with the user's files or names raises InputError with a message of one line.
 """
@@ -84,9 +85,8 @@ class ImageSet:
 
 # CIFAR-100's 20 coarse classes (alphabetical ids) under 10 and those under 3: MAXL supplement, Table 1.
 CIFAR100_LEVEL_10 = {
-    "large animals": (8, 11, 15), "medium animals": (0, 12), "small animals": (1, 16), "invertebrates": (7, 13),
-    "people": (14,), "vegetation": (2, 4, 17), "household objects": (3, 5, 6), "construction": (9,),
-    "natural scenes": (10,), "vehicles": (18, 19),
+    "large animals": (8, 11, 15), "medium animals": (0, 12), "small animals": (1, 16), "invertebrates": (7, 13), "people": (14,),
+    "vegetation": (2, 4, 17), "household objects": (3, 5, 6), "construction": (9,), "natural scenes": (10,), "vehicles": (18, 19),
 }
 CIFAR100_LEVEL_3 = {"animals": (0, 1, 2, 3, 4), "vegetation": (5,), "objects and scenes": (6, 7, 8, 9)}
 CIFAR100_LEVELS = (3, 10, 20, 100)
@@ -111,8 +111,7 @@ def reading(path: Path):
 def ensure_files(name: str, files: list[Path], download: Callable[[], object], hint: str) -> None:
     """Download the set unless all `files` are there. Files that are there are used as they stand: people
     re-pack data sets, so checksums are for downloads only."""
-    missing = [str(f) for f in files if not f.exists()]
-    if not missing:
+    if not (missing := [str(f) for f in files if not f.exists()]):
         return
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)
@@ -136,9 +135,8 @@ def cifar_images(data: np.ndarray) -> torch.Tensor:
 def load_cifar10(root: Path) -> ImageSet:
     folder = root / "cifar-10-batches-py"
     files = [folder / f"data_batch_{i}" for i in range(1, 6)] + [folder / "test_batch", folder / "batches.meta"]
-    ensure_files(
-        "cifar10", files, lambda: datasets.CIFAR10(str(root), download=True), f"unpack cifar-10-python.tar.gz in {root}"
-    )
+    hint = f"unpack cifar-10-python.tar.gz in {root}"
+    ensure_files("cifar10", files, lambda: datasets.CIFAR10(str(root), download=True), hint)
     splits = []
     for names in (files[:5], files[5:6]):
         parts = [unpickle(f) for f in names]
@@ -258,12 +256,11 @@ def find_cub200(root: Path) -> Path:
     url = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
 
     def download():
-        datasets.utils.download_and_extract_archive(
-            url, str(root), filename="CUB_200_2011.tgz", md5="97eceeb196236b17998738112f37df78"
-        )
+        md5 = "97eceeb196236b17998738112f37df78"
+        datasets.utils.download_and_extract_archive(url, str(root), filename="CUB_200_2011.tgz", md5=md5)
 
-    names = ("images.txt", "image_class_labels.txt", "train_test_split.txt", "images")
-    ensure_files("cub200", [folder / n for n in names], download, f"unpack CUB_200_2011.tgz in {root}")
+    files = [folder / n for n in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "images")]
+    ensure_files("cub200", files, download, f"unpack CUB_200_2011.tgz in {root}")
     return folder
 
 
@@ -313,8 +310,7 @@ def load_folder(path: Path) -> ImageSet:
             raise InputError(f"folder: no {path / part}; the layout is PATH/train/<class>/* and PATH/test/<class>/*")
         found = sorted(p.name for p in (path / part).iterdir() if p.is_dir())
         classes = classes or found
-        unknown = sorted(set(found) - set(classes))
-        if unknown:
+        if unknown := sorted(set(found) - set(classes)):
             raise InputError(f"folder: {path / part} has the class {unknown[0]!r}, which {path / 'train'} lacks")
         images, labels = [], []
         for name in found:
@@ -330,15 +326,9 @@ def load_folder(path: Path) -> ImageSet:
 
 
 def make_synthetic(
-    num_train: int = 1000,
-    num_test: int = 1000,
-    coarse: int = 4,
-    fine: int = 4,
-    size: int = 32,
-    noise: float = 1.0,
-    difficulty: float = 0.4,
-    seed: int = 0,
-) -> ImageSet:
+    num_train: int = 1000, num_test: int = 1000, coarse: int = 4, fine: int = 4, size: int = 32,
+    noise: float = 1.0, difficulty: float = 0.4, seed: int = 0,
+) -> ImageSet:  # fmt: skip
     """Images made in memory: `coarse` primary classes, each of `fine` visually unrelated colour patterns.
 
     A primary class has no look of its own, only its fine classes have: what a network must find to tell the
@@ -364,21 +354,15 @@ def make_synthetic(
     return ImageSet("synthetic", classes, *splits, flip=False, image_size=size, resize=size, hierarchy=[fine] * coarse)
 
 
-LOADERS = {
-    "cifar10": load_cifar10, "svhn": load_svhn, "oxford-pet": load_oxford_pet,
-    "food101": load_food101, "cub200": load_cub200,
-}
+LOADERS = {"cifar10": load_cifar10, "svhn": load_svhn, "oxford-pet": load_oxford_pet, "food101": load_food101,
+           "cub200": load_cub200}  # fmt: skip
 IMAGE_SETS = ("cifar10", *(f"cifar100-{n}" for n in CIFAR100_LEVELS), *list(LOADERS)[1:], "folder:PATH", "synthetic")
 
 
 def load_image_set(
-    name: str,
-    root: str | Path = "data",
-    *,
-    aux_level: int | None = None,
-    image_size: int | None = None,
-    weights_of: str | None = None,
-) -> ImageSet:
+    name: str, root: str | Path = "data", *,
+    aux_level: int | None = None, image_size: int | None = None, weights_of: str | None = None,
+) -> ImageSet:  # fmt: skip
     """An image set by name (one of IMAGE_SETS), from `root`, downloaded there if it is not there yet.
 
     aux_level: for cifar100-N, the finer level (10, 20 or 100) that gives the human auxiliary labels.
@@ -392,7 +376,7 @@ def load_image_set(
         raise InputError(f"{name}: only the cifar100-N sets have auxiliary levels")
     if name == "synthetic":
         image_set = make_synthetic()
-    elif name in {f"cifar100-{n}" for n in CIFAR100_LEVELS}:
+    elif name in [f"cifar100-{n}" for n in CIFAR100_LEVELS]:
         image_set = load_cifar100(root, int(name.split("-")[1]), aux_level)
     elif name.startswith("folder:") and len(name) > len("folder:"):
         image_set = load_folder(Path(name.removeprefix("folder:")))
@@ -528,9 +512,7 @@ def end_quietly(worker: int) -> None:
 class FileLoader:
     """Batches of a split that is read from files by worker processes; `generator` is one of the CPU's."""
 
-    def __init__(
-        self, split: Split, image_set: ImageSet, batch_size: int, device, *, train: bool, generator=None, workers=0
-    ):
+    def __init__(self, split: Split, image_set: ImageSet, batch_size: int, device, *, train: bool, generator=None, workers=0):
         size, how = image_set.image_size, image_set.interpolation
         if train:
             crop = v2.RandomResizedCrop(size, scale=(0.8, 1.0), interpolation=how)
@@ -539,14 +521,10 @@ class FileLoader:
             steps = [v2.Resize(image_set.resize, interpolation=how), v2.CenterCrop(size)]
         self.batches = SeededBatches(len(split), batch_size, train, generator)
         self.loader = DataLoader(
-            ImageFiles(split.images, v2.Compose([*steps, v2.PILToTensor()])),
-            batch_sampler=self.batches,
-            num_workers=workers,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=end_quietly,
-            persistent_workers=train and workers > 0,
+            ImageFiles(split.images, v2.Compose([*steps, v2.PILToTensor()])), batch_sampler=self.batches, num_workers=workers,
+            pin_memory=device.type == "cuda", worker_init_fn=end_quietly, persistent_workers=train and workers > 0,
             generator=torch.Generator(),  # the loader's own draws must not move the run's generators
-        )
+        )  # fmt: skip
         self.labels, self.device = split.labels.to(device), device
         self.mean, self.std = channel_constants(image_set, device)
 
@@ -589,6 +567,187 @@ def number_of_batches(n: int, batch_size: int, train: bool) -> int:
 def channel_constants(image_set: ImageSet, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation per channel in units of uint8 pixels, each (3, 1, 1)."""
     return tuple(255 * torch.tensor(c, device=device).view(3, 1, 1) for c in (image_set.mean, image_set.std))
+
+
+########################################################################################################
+# Scene sets: an image with a class, a depth and a surface normal at each pixel
+########################################################################################################
+
+
+@dataclass
+class SceneSplit:
+    """The training or the test part of a scene set. Normals are in camera coordinates: x right, y up, z to the camera."""
+
+    images: torch.Tensor  # uint8 (N, 3, H, W)
+    segmentation: torch.Tensor  # int8 (N, H, W), the class; -1: none
+    depth: torch.Tensor  # float (N, H, W), in metres; 0: unknown
+    normals: torch.Tensor  # float (N, 3, H, W), unit vectors; (0, 0, 0): unknown
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: torch.Tensor) -> "SceneSplit":
+        """The split that holds only the scenes at `index` (int64)."""
+        return SceneSplit(*(t[index] for t in vars(self).values()))
+
+
+@dataclass
+class SceneSet:
+    """A scene set. Its images are as wide and high as they come."""
+
+    name: str
+    classes: list[str]
+    train: SceneSplit
+    test: SceneSplit
+
+
+ROOM_CLASSES = ["floor", "ceiling", "wall", "table", "cabinet", "stool"]  # the last three: low and wide, tall, small
+
+
+def make_scenes(num_train=400, num_test=100, height=48, width=64, noise=0.05, seed=0) -> SceneSet:
+    """Rendered rooms made in memory: floor, ceiling, four walls and four boxes, with exact segmentation, depth and normals.
+
+    Rays through the pixels of a pinhole camera (70 degrees wide) meet the inside of the room and the outside of four boxes
+    that stand in it. Each class has a colour that varies between objects; light comes from one direction and fades with
+    distance. A window at a random place is white, and class, depth and normal unknown there, as in measured data.
+
+    num_train, num_test: scenes.  height, width: in pixels.  noise: standard deviation of the pixels' noise, 1 is white.
+    seed: the data's own seed, so that runs with different seeds see the same scenes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.rand(len(ROOM_CLASSES), 3, generator=generator) * 0.6 + 0.3  # the classes' colours
+    chunk = max(1, 2**21 // (height * width))  # scenes at a time: what bounds the memory
+    splits = []
+    for n in (num_train, num_test):
+        parts = [render_scenes(min(chunk, n - i), height, width, base, noise, generator) for i in range(0, n, chunk)]
+        splits.append(SceneSplit(*(torch.cat(field) for field in zip(*parts, strict=True))))
+    return SceneSet("synthetic-scenes", ROOM_CLASSES, *splits)
+
+
+def turn_about_y(angle: torch.Tensor) -> torch.Tensor:
+    """The rotations by angles (N,), (N, 3, 3)."""
+    c, s, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    return torch.stack([c, zero, s, zero, zero + 1, zero, -s, zero, c], dim=1).view(-1, 3, 3)
+
+
+def render_scenes(n: int, height: int, width: int, base: torch.Tensor, noise: float, generator) -> tuple[torch.Tensor, ...]:
+    """n random rooms: the four fields of a SceneSplit. base: (6, 3), the classes' colours in [0, 1]."""
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    # The room is x, z in [-a, a] and y in [0, b]; the camera looks along -z of its own axes, turned and tilted.
+    a, b = uniform(2.0, 3.5, 2), uniform(2.4, 3.2)
+    eye = torch.stack([uniform(-0.4, 0.4) * a[:, 0], uniform(1.2, 1.7), uniform(-0.4, 0.4) * a[:, 1]], dim=1)  # (n, 3)
+    yaw, pitch, zero, one = uniform(0, 2 * math.pi), uniform(-0.35, 0.05), torch.zeros(n), torch.ones(n)
+    tilt = torch.stack([one, zero, zero, zero, pitch.cos(), -pitch.sin(), zero, pitch.sin(), pitch.cos()], dim=1)
+    camera = turn_about_y(yaw) @ tilt.view(n, 3, 3)  # its columns: the camera's axes in the room
+    half = math.tan(math.radians(35))
+    columns = ((torch.arange(width) + 0.5) / width * 2 - 1) * half
+    rows = (1 - (torch.arange(height) + 0.5) / height * 2) * half * height / width
+    view = torch.stack([columns.expand(height, width), rows[:, None].expand(height, width), -torch.ones(height, width)])
+    view = view.flatten(1)  # (3, P): depth 1 along each ray, so a hit's distance parameter is its depth
+    ray = camera @ view  # (n, 3, P)
+
+    # The room from inside: of each axis the wall that the ray flies to, and of these the nearest.
+    low = torch.stack([-a[:, 0], zero, -a[:, 1]], dim=1)[:, :, None]
+    high = torch.stack([a[:, 0], b, a[:, 1]], dim=1)[:, :, None]
+    depth, axis = ((torch.where(ray > 0, high, low) - eye[:, :, None]) / ray).min(dim=1)  # (n, P)
+    normal = -ray.sign() * F.one_hot(axis, 3).movedim(2, 1)
+    segmentation = torch.where(axis == 1, (ray[:, 1] > 0).long(), 2)  # floor 0, ceiling 1, wall 2
+    tint = uniform(-0.15, 0.15, 5, 3)  # of the walls' pair of axes, then of the boxes
+    colour = (base[segmentation] + tint[:, 0, None]).movedim(2, 1)  # (n, 3, P)
+
+    for i in range(4):
+        kind = torch.randint(3, (n,), generator=generator)  # table, cabinet, stool
+        size = torch.tensor([[0.6, 0.7, 0.4], [0.4, 1.8, 0.25], [0.2, 0.45, 0.2]])[kind] * uniform(0.8, 1.2, 3)
+        angle, side = uniform(0, 2 * math.pi), yaw + uniform(-0.55, 0.55)  # its own turn; its bearing, within the view
+        away = 1.1 + uniform(0, 1) * a.amin(dim=1)  # metres from the camera's foot: never on top of it
+        centre = torch.stack([eye[:, 0] - away * side.sin(), zero, eye[:, 2] - away * side.cos()], dim=1)
+        spin = turn_about_y(angle)
+        start, step = spin.mT @ (eye - centre)[:, :, None], spin.mT @ ray  # in the box's own axes
+        corner = torch.stack([-size[:, 0], zero, -size[:, 2]], dim=1)[:, :, None]
+        planes = torch.stack([(corner - start) / step, (size[:, :, None] - start) / step])  # (2, n, 3, P)
+        enter, face = planes.amin(dim=0).max(dim=1)  # (n, P): the ray is in the box from the last slab it enters
+        hit = (enter < planes.amax(dim=0).amin(dim=1)) & (enter > 0.1) & (enter < depth)
+        outward = spin @ (-step.sign() * F.one_hot(face, 3).movedim(2, 1))
+        depth = torch.where(hit, enter, depth)
+        normal = torch.where(hit[:, None], outward, normal)
+        segmentation = torch.where(hit, kind[:, None] + 3, segmentation)
+        colour = torch.where(hit[:, None], (base[kind + 3] + tint[:, i + 1])[:, :, None], colour)
+
+    sun = F.normalize(torch.stack([uniform(-1, 1), uniform(0.3, 1), uniform(-1, 1)], dim=1), dim=1)
+    light = 0.45 + 0.55 * (normal * sun[:, :, None]).sum(dim=1).clamp(min=0)
+    image = colour * (light / (1 + 0.08 * depth))[:, None]
+    image = image + noise * torch.randn(image.shape, generator=generator)
+    top, left = uniform(0, height * 0.8).long(), uniform(0, width * 0.8).long()
+    y, x = torch.arange(height)[:, None], torch.arange(width)
+    window = (y >= top[:, None, None]) & (y < top[:, None, None] + height // 8)
+    window = (window & (x >= left[:, None, None]) & (x < left[:, None, None] + width // 8)).flatten(1)
+    image = torch.where(window[:, None], 0.95, image)
+    fields = [(image * 255).round().clamp(0, 255).to(torch.uint8), torch.where(window, -1, segmentation).to(torch.int8),
+              torch.where(window, 0.0, depth), torch.where(window[:, None], 0.0, camera.mT @ normal)]  # fmt: skip
+    return tuple(field.unflatten(-1, (height, width)) for field in fields)
+
+
+def load_nyuv2(root: Path) -> SceneSet:
+    """NYU v2 with 13 classes as preprocessed for MTAN: {train,val}/{image,label,depth,normal}/<i>.npy, 288x384. Its val
+    part, the official test images, is our test split."""
+    folder, splits = root / "nyuv2", []
+    names = "bed books ceiling chair floor furniture objects picture sofa table tv wall window".split()
+    for part in ("train", "val"):
+        fields, files = [], sorted((folder / part / "image").glob("*.npy"), key=lambda f: (len(f.name), f.name))
+        if not files:
+            hint = f"unpack the preprocessed set so that {root} holds nyuv2/{{train,val}}/{{image,label,depth,normal}}/<i>.npy"
+            raise InputError(f"nyuv2: no {folder / part / 'image'}/*.npy; {hint}")
+        for kind in ("image", "label", "depth", "normal"):
+            scenes = []
+            for file in files:
+                path = folder / part / kind / file.name
+                with reading(path):
+                    scene = torch.from_numpy(np.load(path)).float()  # (H, W), or (H, W, channels)
+                    scene = scene.movedim(2, 0) if kind in ("image", "normal") else scene.reshape(scene.shape[:2])
+                    if scenes and scene.shape != scenes[0].shape:
+                        raise ValueError(f"its shape {tuple(scene.shape)} is not that of the others, {tuple(scenes[0].shape)}")
+                    if kind == "label" and (scene.min() < -1 or scene.max() >= len(names)):
+                        raise ValueError(f"its classes go from {scene.min():.0f} to {scene.max():.0f}, not from -1 to 12")
+                scenes.append((scene * 255).round().to(torch.uint8) if kind == "image" else scene)
+            fields.append(torch.stack(scenes).to(torch.int8) if kind == "label" else torch.stack(scenes))
+        splits.append(SceneSplit(*fields))
+    return SceneSet("nyuv2", names, *splits)
+
+
+SCENE_SETS = ("synthetic-scenes", "nyuv2")
+
+
+def load_scene_set(name: str, root: str | Path = "data", *, size: tuple[int, int] = (48, 64)) -> SceneSet:
+    """A scene set by name, one of SCENE_SETS.  size: height and width in pixels of the synthetic ones. Raises InputError."""
+    if name not in SCENE_SETS:
+        raise InputError(f"unknown dataset {name!r}; the scene sets are {', '.join(SCENE_SETS)}")
+    return make_scenes(height=size[0], width=size[1]) if name == "synthetic-scenes" else load_nyuv2(Path(root))
+
+
+class SceneLoader:
+    """Batches (x, (segmentation, depth, normals), index) of a scene split that lives on the device: x float (B, 3, H, W)
+    in [0, 1], int64 (B, H, W), float (B, H, W) and (B, 3, H, W), int64 (B,). Training: shuffled by `generator` (one of
+    the device's), whole batches only. Otherwise: in order, every scene."""
+
+    def __init__(self, split: SceneSplit, batch_size: int, device, *, train: bool, generator=None):
+        if train and not 1 <= batch_size <= len(split):
+            raise InputError(f"training on {len(split)} scenes takes batches of 1 to {len(split)}, not a batch of {batch_size}")
+        self.split = SceneSplit(*(t.to(device) for t in vars(split).values()))
+        self.batch_size, self.device, self.train, self.generator = batch_size, device, train, generator
+
+    def __len__(self) -> int:
+        return number_of_batches(len(self.split), self.batch_size, self.train)
+
+    def __iter__(self):
+        n, device = len(self.split), self.device
+        order = torch.randperm(n, generator=self.generator, device=device) if self.train else torch.arange(n, device=device)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            index = order[start : start + self.batch_size]
+            batch = self.split.take(index)
+            yield batch.images.float() / 255, (batch.segmentation.long(), batch.depth, batch.normals), index
 
 
 ########################################################################################################
@@ -676,10 +835,8 @@ def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
         return torchvision.models.get_model(name, weights=weights)
     except OSError as error:
         place = Path(torch.hub.get_dir()) / "checkpoints"
-        raise InputError(
-            f"cannot download the weights of {name} ({error}); put {Path(weights.url).name} into {place}, or train"
-            " from scratch with --no-pretrained"
-        ) from error
+        hint = f"put {Path(weights.url).name} into {place}, or train from scratch with --no-pretrained"
+        raise InputError(f"cannot download the weights of {name} ({error}); {hint}") from error
 
 
 class Features(nn.Module):

@@ -1,6 +1,7 @@
 """Data sets, loaders and backbones. Every reader runs on small files made here in the real set's format."""
 
 import builtins
+import math
 import pickle
 import runpy
 import warnings
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, relative_difference
 from PIL import Image
@@ -497,3 +499,107 @@ def test_importing_has_no_side_effect(capsys):
         for script in [common.__file__, *ROOT.glob("*.py")]:
             runpy.run_path(str(script))  # what an import runs, without replacing the module that the other tests hold
     assert torch.equal(state, torch.get_rng_state()) and capsys.readouterr() == ("", "")
+
+
+# ---------------------------------------- Scene sets ----------------------------------------
+
+
+def test_scenes_are_seeded_and_have_every_field():
+    a, b = common.make_scenes(6, 4, 12, 16), common.make_scenes(6, 4, 12, 16)
+    other = common.make_scenes(6, 4, 12, 16, seed=1)
+    for split, n in ((a.train, 6), (a.test, 4)):
+        assert len(split) == n and split.images.shape == (n, 3, 12, 16) and split.images.dtype == torch.uint8
+        assert split.segmentation.shape == split.depth.shape == (n, 12, 16) and split.normals.shape == (n, 3, 12, 16)
+    assert all(torch.equal(x, y) for x, y in zip(vars(a.train).values(), vars(b.train).values(), strict=True))
+    assert not torch.equal(a.train.images, other.train.images) and not torch.equal(a.train.images[:4], a.test.images)
+
+
+def test_scene_geometry_is_consistent():
+    """Where a pixel and its right and lower neighbours lie on one plane, the normal of the three points that the depths
+    give is the stored one; void pixels have neither class, depth nor normal; every surface faces the camera."""
+    height, width = 60, 80
+    split = common.make_scenes(20, 1, height, width).train
+    half = math.tan(math.radians(35))
+    columns = ((torch.arange(width) + 0.5) / width * 2 - 1) * half
+    rows = (1 - (torch.arange(height) + 0.5) / height * 2) * half * height / width
+    ray = torch.stack([columns.expand(height, width), rows[:, None].expand(height, width), -torch.ones(height, width)])
+    points = (ray * split.depth[:, None]).double()  # camera coordinates
+    right, down = points[:, :, :-1, 1:] - points[:, :, :-1, :-1], points[:, :, 1:, :-1] - points[:, :, :-1, :-1]
+    measured = F.normalize(torch.linalg.cross(down, right, dim=1), dim=1)
+    stored, known = split.normals[:, :, :-1, :-1].double(), split.segmentation >= 0
+    n = split.normals
+    flat = (n[:, :, :-1, :-1] - n[:, :, :-1, 1:]).abs().amax(1) + (n[:, :, :-1, :-1] - n[:, :, 1:, :-1]).abs().amax(1) < 1e-5
+    cosine = (measured * stored).sum(dim=1)[flat & known[:, :-1, :-1]]
+    assert flat.float().mean() > 0.7 and (cosine > 0.999).float().mean() > 0.98  # parallel planes at an edge make the rest
+    assert ((n * ray).sum(dim=1)[known] < 0).all()
+    assert torch.equal(split.depth > 0, known) and torch.equal(n.norm(dim=1) > 0.5, known) and not known.all()
+    floor, ceiling, wall = ((n[:, 1] * (split.segmentation == c)).flatten() for c in range(3))
+    assert floor.sum() > 0 > ceiling.sum() and wall.abs().max() < 0.4  # the camera tilts by 0.35 at most
+    assert set(split.segmentation.unique().tolist()) == set(range(-1, 6))
+
+
+def test_scene_loader_gives_each_scene_once_and_is_seeded():
+    split = common.make_scenes(10, 1, 12, 16).train
+    device = torch.device("cpu")
+    passes = []
+    for _ in range(2):
+        loader = common.SceneLoader(split, 3, device, train=True, generator=torch.Generator().manual_seed(5))
+        passes.append([(x, y, index) for x, y, index in loader])
+    assert len(passes[0]) == 3 and len(torch.cat([index for *_, index in passes[0]]).unique()) == 9
+    for (x, y, index), (x2, *_) in zip(*passes, strict=True):
+        assert torch.equal(x, x2) and torch.equal(x, split.images[index].float() / 255)
+        segmentation, depth, normals = y
+        assert torch.equal(segmentation, split.segmentation[index].long()) and segmentation.dtype == torch.int64
+        assert torch.equal(depth, split.depth[index]) and torch.equal(normals, split.normals[index])
+    test_loader = common.SceneLoader(split, 4, device, train=False)
+    assert torch.cat([index for *_, index in test_loader]).tolist() == list(range(10)) and len(test_loader) == 3
+    with pytest.raises(InputError, match="10 scenes"):
+        common.SceneLoader(split, 11, device, train=True)
+
+
+def write_nyuv2(root, train=3, test=2, height=12, width=16):
+    """A tiny copy of the preprocessed layout, numbered as the real one is: 2 before 10."""
+    generator = np.random.default_rng(0)
+    written = {}
+    for part, n in (("train", train), ("val", test)):
+        for i in [*range(n - 1), 10]:
+            scene = {"image": generator.random((height, width, 3)), "label": generator.integers(-1, 13, (height, width)) * 1.0,
+                     "depth": generator.random((height, width, 1)) * 5, "normal": generator.normal(size=(height, width, 3))}
+            for kind, values in scene.items():
+                path = root / "nyuv2" / part / kind / f"{i}.npy"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.save(path, values)
+            written[part, i] = scene
+    return written
+
+
+def test_nyuv2_reads_the_preprocessed_layout(tmp_path):
+    written = write_nyuv2(tmp_path)
+    scenes = common.load_scene_set("nyuv2", tmp_path)
+    assert len(scenes.train) == 3 and len(scenes.test) == 2 and len(scenes.classes) == 13
+    for at, number in enumerate((0, 1, 10)):
+        scene = written["train", number]
+        assert np.abs(scenes.train.images[at].permute(1, 2, 0).numpy() / 255 - scene["image"]).max() < 1 / 500
+        assert (scenes.train.segmentation[at].numpy() == scene["label"]).all()
+        assert np.allclose(scenes.train.depth[at].numpy(), scene["depth"][..., 0])
+        assert np.allclose(scenes.train.normals[at].permute(1, 2, 0).numpy(), scene["normal"], atol=1e-6)
+
+
+def test_nyuv2_faults_name_the_file(tmp_path):
+    with pytest.raises(InputError, match="nyuv2/train/image"):
+        common.load_scene_set("nyuv2", tmp_path)
+    with pytest.raises(InputError, match="synthetic-scenes, nyuv2"):
+        common.load_scene_set("nyu", tmp_path)
+    write_nyuv2(tmp_path)
+    path = tmp_path / "nyuv2" / "train" / "label" / "1.npy"
+    good = np.load(path)
+    for bad, said in ((good + 13, "classes go from"), (good[:-1], "its shape")):
+        np.save(path, bad)
+        with pytest.raises(InputError, match=f"label/1.npy: .*{said}"):
+            common.load_scene_set("nyuv2", tmp_path)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"cannot read .*label/1.npy"):
+        common.load_scene_set("nyuv2", tmp_path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"no file .*label/1.npy"):
+        common.load_scene_set("nyuv2", tmp_path)

@@ -18,6 +18,7 @@ import signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -792,6 +793,36 @@ def convnet4(num_classes: int = 10) -> nn.Module:
     # the map is 5x5 at 32x32; averaging lets larger images through
     head = [nn.AdaptiveAvgPool2d(5), nn.Flatten(), nn.Linear(32 * 5 * 5, 512), nn.BatchNorm1d(512)]
     return nn.Sequential(*layers, *head, nn.Linear(512, num_classes))
+
+
+class SegNet(nn.Module):
+    """SegNet for dense prediction, of the width that MTAN calls wide (64 to 1024 channels): five levels down, pooled by 2, and
+    five up, unpooled to where the maxima were. (B, 3, H, W), H and W at least 32, to (B, width, H, W)."""
+
+    def __init__(self, width: int = 64):
+        super().__init__()
+        w = [width * 2**i for i in range(5)]
+        self.down = nn.ModuleList(map(self.level, [3, *w[:4]], w, [2, 2, 3, 3, 3]))
+        self.up = nn.ModuleList(map(self.level, w[::-1], [*w[3::-1], width], [3, 3, 3, 2, 2]))
+
+    @staticmethod
+    def level(width_in: int, width: int, convolutions: int) -> nn.Sequential:
+        """So many times 3x3 convolution, batch norm, ReLU."""
+        widths = [width_in] + [width] * (convolutions - 1)
+        layers = [(nn.Conv2d(w, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)) for w in widths]
+        return nn.Sequential(*chain.from_iterable(layers))
+
+    def forward(self, x):
+        maxima = []
+        for level in self.down:
+            x = level(x)
+            size = x.shape[2:]
+            x, index = F.max_pool2d(x, 2, return_indices=True)
+            maxima.append((index, size))
+        for level in self.up:
+            index, size = maxima.pop()
+            x = level(F.max_unpool2d(x, index, 2, output_size=size))
+        return x
 
 
 BACKBONES = {"vgg16-cifar": vgg16_cifar, "resnet18-cifar": resnet18_cifar, "convnet4": convnet4}

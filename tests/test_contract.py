@@ -34,6 +34,7 @@ class Facts(NamedTuple):
     best: Callable = max
     unknown: str = "cifar100-20"  # a data set that the error about an unknown one must name
     missing: tuple[str, str, str] = ("cifar100-20", "CIFAR100", "cifar-100-python.tar.gz")  # data set, torchvision's, what to put
+    lines: int = 700  # at most so many; auxilearn.py holds two methods
     reads: Sequence[list[str]] = ([],)  # flags of the runs whose reads from the device are counted
 
 
@@ -43,6 +44,8 @@ SCRIPTS = {
     "maxl": Facts([*IMAGES, "--max-steps", "3"], ["primary", "label_network"], reads=[
         [], ["--held-out", "0.2"], ["--method", "maxl-first-order"], ["--method", "random"], ["--method", "single"],
         ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]]),
+    "auxilearn": Facts([*IMAGES, "--max-steps", "3", "--upper-every", "2"], ["primary", "combiner", "label_network"],
+        step="lower_step", lines=810, reads=[[], ["--aux-set", "0"], ["--combiner", "nonlinear"]]),
 }  # fmt: skip
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]
@@ -117,7 +120,7 @@ def test_sections_and_entry_points_come_in_the_common_order(script):
     order = [source.index(f"\ndef {name}(") for name in ("parse_args", "fail", "evaluate", "train", "main")]
     assert order == sorted(order)
     assert source.startswith('"""') and source.rstrip().endswith("main()")
-    assert len(source.splitlines()) <= 700
+    assert len(source.splitlines()) <= facts(script).lines
 
 
 def test_plumbing_is_the_same_text_in_every_script(script):
@@ -137,7 +140,7 @@ def test_scripts_import_no_sibling_and_public_functions_are_documented(script):
 
 
 def test_common_stays_within_its_limit():
-    assert len((ROOT / "common.py").read_text().splitlines()) <= 900
+    assert len((ROOT / "common.py").read_text().splitlines()) <= 935
 
 
 def test_help_from_the_shell(script):

@@ -1,0 +1,608 @@
+"""AuxiLearn: its maths in float64 against slow versions written here, and its claim on data where the answer is known."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import relative_difference
+from nets import dropout, mlp, small_vit, smooth
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import auxilearn
+import common
+from auxilearn import image_losses, implicit_gradient, scene_losses
+from common import SegNet, convnet4, make_scenes, strip_classifier
+
+# ---------------------------------------- The implicit gradient ----------------------------------------
+
+
+def quadratic(generator):
+    """L_T = w'Aw / 2 - w'B phi, L_A = |w - t|^2 / 2, and a w that is not the minimum: all of (3) to (5) in closed form."""
+    factor = torch.randn(6, 6, dtype=torch.float64, generator=generator)
+    a = factor @ factor.T / 6 + torch.eye(6, dtype=torch.float64)
+    b, t, w = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((6, 4), (6,), (6,)))
+    phi = torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_()
+    return a, b, t, w, phi, lambda p: p["w"] @ a @ p["w"] / 2 - p["w"] @ b @ phi, lambda p: (p["w"] - t).square().sum() / 2
+
+
+def test_on_a_quadratic_the_series_tends_to_the_exact_inverse():
+    a, b, t, w, phi, lower, upper = quadratic(torch.Generator().manual_seed(0))
+    eta = 1 / float(torch.linalg.eigvalsh(a).max())
+    exact = b.T @ torch.linalg.solve(a, w - t)
+    errors = []
+    for j in (0, 3, 10, 30, 100):
+        (got,) = implicit_gradient(lower, upper, {"w": w}, [phi], neumann_steps=j, inner_lr=eta)
+        powers = [torch.linalg.matrix_power(torch.eye(6, dtype=torch.float64) - eta * a, i) for i in range(j + 1)]
+        assert relative_difference(got, eta * b.T @ sum(powers) @ (w - t)) < 1e-12
+        errors.append(relative_difference(got, exact))
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.3 and errors[-1] < 1e-10
+    (published,) = implicit_gradient(lower, upper, {"w": w}, [phi], neumann_steps=3, inner_lr=eta, scale="published")
+    (scaled,) = implicit_gradient(lower, upper, {"w": w}, [phi], neumann_steps=3, inner_lr=eta, scale="exact")
+    assert relative_difference(published * eta, scaled) < 1e-14
+    (diverging,) = implicit_gradient(lower, upper, {"w": w}, [phi], neumann_steps=30, inner_lr=3 * eta)
+    assert relative_difference(diverging, exact) > 100, "beyond 2 / |H| the series must not converge"
+
+
+def test_it_is_the_derivative_of_the_two_level_problem():
+    """Central differences of L_A(W*(phi)), W* found by Newton's method, on a weighted logistic regression with decay."""
+    generator = torch.Generator().manual_seed(0)
+    x, x_val = torch.randn(2, 20, 3, dtype=torch.float64, generator=generator)
+    y, y_val = torch.randint(2, (2, 20), generator=generator).double()
+    phi = (0.3 * torch.randn(21, dtype=torch.float64, generator=generator)).requires_grad_()  # log weights, log decay
+
+    def lower(w, phi=phi):
+        fit = F.binary_cross_entropy_with_logits(x @ w["w"], y, reduction="none")
+        return (phi[:20].exp() * fit).mean() + 0.1 * phi[20].exp() * w["w"].square().sum()
+
+    def upper(w):
+        return F.binary_cross_entropy_with_logits(x_val @ w["w"], y_val)
+
+    def solve(phi):
+        w = torch.zeros(3, dtype=torch.float64)
+        for _ in range(30):
+            gradient = torch.func.grad(lambda w: lower({"w": w}, phi))(w)
+            w = w - torch.linalg.solve(torch.func.hessian(lambda w: lower({"w": w}, phi))(w), gradient)
+        return w
+
+    with torch.no_grad():
+        steps = 1e-5 * torch.eye(21, dtype=torch.float64)
+        expected = torch.stack([upper({"w": solve(phi + s)}) - upper({"w": solve(phi - s)}) for s in steps]) / 2e-5
+        minimum = solve(phi.detach())
+    (got,) = implicit_gradient(lower, upper, {"w": minimum}, [phi], neumann_steps=120, inner_lr=1.0)
+    assert relative_difference(got, expected) < 1e-7
+    assert relative_difference(-got, expected) > 1, "a wrong sign would be seen"
+
+
+def double_backward(lower, upper, parameters, hyperparameters, steps, eta):
+    """(5) as published, through a graph of the gradient."""
+    theta = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    weights = list(theta.values())
+    v = total = torch.autograd.grad(upper(theta), weights, materialize_grads=True)
+    gradients = torch.autograd.grad(lower(theta), weights, create_graph=True, materialize_grads=True)
+    gradients, at = zip(*[(grad, i) for i, grad in enumerate(gradients) if grad.requires_grad], strict=True)
+    for _ in range(steps):
+        products = torch.autograd.grad(gradients, weights, [v[i] for i in at], retain_graph=True, materialize_grads=True)
+        v = [a - eta * b for a, b in zip(v, products, strict=True)]
+        total = [a + b for a, b in zip(total, v, strict=True)]
+    seeds = [total[i] for i in at]
+    return [-g for g in torch.autograd.grad(gradients, hyperparameters, seeds, materialize_grads=True)]
+
+
+def flat(gradients):
+    return torch.cat([g.flatten() for g in gradients])
+
+
+@pytest.mark.parametrize("combiner", ["linear", "nonlinear"])
+@pytest.mark.parametrize("backbone", [smooth, mlp, dropout, small_vit, convnet4])
+def test_generate_matches_double_backward(backbone, combiner):
+    """Batch norm, dropout, stochastic depth, fused attention, max-pooling; both combiners; every group of phi on its own."""
+    torch.manual_seed(0)
+    net, x, x_u = backbone().double(), *torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
+    net(x)  # lazy layers
+    trunk, width = strip_classifier(net)
+    primary = auxilearn.PrimaryNetwork(trunk, [auxilearn.head(width, n) for n in (3, 6)]).double()
+    label_network = auxilearn.LabelNetwork(net, [2, 2, 2]).double()
+    g = auxilearn.MonotoneLinear(2, skip=True) if combiner == "linear" else auxilearn.MonotoneNonlinear(2, [4, 4], 0.5)
+    g, y, y_u = g.double(), torch.tensor([0, 1, 2, 0]), torch.tensor([2, 1, 0, 1])
+    buffers, theta = dict(primary.named_buffers()), dict(primary.named_parameters())
+    groups = [list(g.parameters()), list(label_network.trunk.parameters()), list(label_network.label_head.parameters())]
+    phi = [p for group in groups for p in group]
+
+    def outputs(theta, images):
+        return functional_call(primary, theta | {n: b.clone() for n, b in buffers.items()}, (images,))
+
+    def losses():
+        torch.manual_seed(1)
+        labels = label_network(x, y)
+        torch.manual_seed(2)
+        state = torch.get_rng_state()
+
+        def lower(theta):
+            torch.set_rng_state(state)  # no effect within implicit_gradient, which starts from here itself
+            with sdpa_kernel(SDPBackend.MATH):
+                return g(image_losses(outputs(theta, x), y, labels))
+
+        return lower, lambda theta: image_losses(outputs(theta, x_u)[:1], y_u)[:, 0].mean()
+
+    got = implicit_gradient(*losses(), theta, phi, neumann_steps=2, inner_lr=0.01, scale="published")
+    expected = double_backward(*losses(), theta, phi, 2, 0.01)
+    for start, group in zip((0, len(groups[0]), len(groups[0]) + len(groups[1])), groups, strict=True):
+        ours, theirs = (flat(gradients[start : start + len(group)]) for gradients in (got, expected))
+        assert theirs.abs().max() > 0 and relative_difference(ours, theirs) < 1e-10
+    without = implicit_gradient(*losses(), theta, phi, neumann_steps=0, inner_lr=0.01, scale="published")
+    assert relative_difference(flat(without), flat(expected)) > 1e-6, "the series matters"
+
+
+def test_random_layers_draw_the_same_numbers_without_the_caller_s_help():
+    """Dropout's masks in the products are those of the mixed term; nothing after it draws the same again."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1)).double(), torch.randn(9, 5).double()
+    phi = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def lower(theta):
+        seen.append(torch.rand(3))
+        return (functional_call(net, theta, (x,)) * phi.exp()).square().mean()
+
+    def upper(theta):
+        return functional_call(net, theta, (x,)).mean()
+
+    for i in (0, 4):
+        implicit_gradient(lower, upper, dict(net.named_parameters()), [phi], neumann_steps=3)
+        assert len(seen) == i + 4 and all(torch.equal(seen[i], s) for s in seen[i:])
+    assert not torch.equal(seen[0], seen[4])
+
+
+def test_a_scene_network_matches_double_backward():
+    """SegNet: unpooling, three heads, losses of whole scenes with unknown pixels."""
+    torch.manual_seed(0)
+    split = make_scenes(4, 1, 32, 32).train
+    x, y = split.images.double() / 255, (split.segmentation.long(), split.depth.double(), split.normals.double())
+    heads = [nn.Conv2d(2, n, 1) for n in (6, 1, 3)]
+    primary, g = auxilearn.PrimaryNetwork(SegNet(2), heads).double(), auxilearn.MonotoneNonlinear(3, [3]).double()
+    buffers, theta, phi = dict(primary.named_buffers()), dict(primary.named_parameters()), list(g.parameters())
+
+    def losses(theta, at):
+        outputs = functional_call(primary, theta | {n: b.clone() for n, b in buffers.items()}, (x[at],))
+        return scene_losses(outputs, [t[at] for t in y])
+
+    def lower(theta):
+        return g(losses(theta, slice(0, 2)))
+
+    def upper(theta):
+        return losses(theta, slice(2, 4))[:, 0].mean()
+
+    got = implicit_gradient(lower, upper, theta, phi, neumann_steps=3, inner_lr=1e-3, scale="published")
+    expected = double_backward(lower, upper, theta, phi, 3, 1e-3)
+    assert all(e.abs().max() > 0 for e in expected[:2]) and relative_difference(flat(got), flat(expected)) < 1e-10
+
+
+def test_what_a_loss_does_not_reach_counts_as_zero():
+    """A hyperparameter that nothing depends on, and a parameter that only one of the losses depends on."""
+    a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    theta = {"w": torch.tensor([1.0, 2.0]), "only_upper": torch.ones(1), "only_lower": torch.ones(1)}
+    lower = lambda t: (a * t["w"].square()).sum() * (1 + t["only_lower"].sum())  # noqa: E731
+    got = implicit_gradient(lower, lambda t: t["w"].sum() + t["only_upper"].sum(), theta, [a, b], neumann_steps=1, inner_lr=0.1)
+    assert (got[0] != 0).all() and (got[1] == 0).all()
+
+
+def test_the_docstring_s_example_runs():
+    text = auxilearn.implicit_gradient.__doc__
+    lines = [line[8:] for line in text.splitlines() if line.startswith("        ") or not line.strip()]
+    code = "\n".join(lines)
+    code = code[code.index("model, log_decay") :]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+    namespace = {"nn": nn, "torch": torch, "functional_call": functional_call, "implicit_gradient": implicit_gradient}
+    exec(code, namespace)
+    assert namespace["gradients"][0].shape == (1,) and namespace["gradients"][0].abs() > 0
+
+
+# ---------------------------------------- The combiners ----------------------------------------
+
+
+def test_combiners_match_loops_and_are_monotone():
+    torch.manual_seed(0)
+    losses = 3 * torch.rand(5, 3, dtype=torch.float64)
+    linear, skip = auxilearn.MonotoneLinear(3).double(), auxilearn.MonotoneLinear(3, skip=True).double()
+    linear.weight.data, skip.weight.data = torch.tensor([[0.5, 2.0, 0.0], [0.5, 2.0, 0.0]]).double()
+    rows = losses.tolist()
+    assert abs(float(linear(losses)) - sum(0.5 * a + 2 * b for a, b, _ in rows) / 5) < 1e-12
+    assert abs(float(skip(losses)) - sum(1.5 * a + 2 * b for a, b, _ in rows) / 5) < 1e-12
+    net = auxilearn.MonotoneNonlinear(3, [4, 2], high=0.3).double()
+    assert all((p == 0).all() if n.endswith("bias") else (p >= 0).all() and p.max() <= 0.3 for n, p in net.named_parameters())
+    values = []
+    for row in rows:
+        z = row
+        for layer in [m for m in net.net if isinstance(m, nn.Linear)]:
+            z = [sum(w * v for w, v in zip(weights, z, strict=True)) for weights in layer.weight.tolist()]
+            if layer.bias is not None:
+                z = [math.log1p(math.exp(v + c)) for v, c in zip(z, layer.bias.tolist(), strict=True)]
+        values.append(z[0] + row[0])
+    assert abs(float(net(losses).detach()) - sum(values) / 5) < 1e-12
+    for combiner in (linear, skip, net):
+        slopes = torch.autograd.grad(combiner(losses.requires_grad_()), losses)[0]
+        assert (slopes >= 0).all() and slopes.abs().max() > 0
+
+
+def test_clamped_weights_are_never_negative_and_biases_are_free():
+    net = auxilearn.MonotoneNonlinear(3, [4])
+    for p in net.parameters():
+        nn.init.normal_(p)
+    before = {n: p.clone() for n, p in net.named_parameters()}
+    auxilearn.clamp_weights(net)
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name] if name.endswith("bias") else before[name].clamp(min=0))
+    assert (before["net.0.weight"] < 0).any() and (net.net[0].bias < 0).any()
+
+
+def test_uncertainty_and_dynamic_weights_match_their_formulas():
+    losses = torch.tensor([[1.0, 4.0], [3.0, 2.0]])
+    uncertain = auxilearn.WeightedSum(2, uncertainty=True)
+    with torch.no_grad():
+        uncertain.s.copy_(torch.tensor([0.3, -1.0]))
+    expected = sum(l / (2 * math.exp(s)) + s / 2 for l, s in ((2, 0.3), (3, -1.0)))  # noqa: E741
+    assert abs(float(uncertain(losses).detach()) - expected) < 1e-6
+    dwa = auxilearn.WeightedSum(2)
+    assert float(dwa(losses)) == 5
+    epochs, weights = [[4.0, 2.0], [2.0, 1.8], [1.0, 1.7]], []
+    for means in epochs:
+        dwa.average_dynamically(torch.tensor(means))
+        weights.append(dwa.weight.tolist())
+    assert weights[0] == [1.0, 1.0], "the second epoch has no ratio yet"
+    for i in (1, 2):
+        e = [math.exp(a / b / 2) for a, b in zip(epochs[i], epochs[i - 1], strict=True)]
+        assert all(abs(w - 2 * v / sum(e)) < 1e-6 for w, v in zip(weights[i], e, strict=True))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_gradient_cosine_similarity_drops_an_opposing_gradient(sign):
+    """Two heads on one trunk; the second task is the first one's or its opposite."""
+    torch.manual_seed(0)
+    primary = auxilearn.PrimaryNetwork(nn.Linear(4, 3), [nn.Linear(3, 1), nn.Linear(3, 1)]).double()
+    primary.heads[1].load_state_dict(primary.heads[0].state_dict())
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 1, dtype=torch.float64)
+
+    def losses(outputs, y, labels):
+        return torch.cat([(outputs[0] - y).square(), sign * 0.5 * (outputs[1] - y).square()], dim=1)
+
+    parameters = dict(primary.named_parameters())
+    main, both = (dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True), strict=True))
+                  for loss in (losses(primary(x), y, None)[:, 0].mean(), losses(primary(x), y, None).mean(dim=0).sum()))
+    optimizer = torch.optim.SGD(primary.parameters(), 1e-9)
+    loss, means = auxilearn.gcs_step(primary, optimizer, x, y, None, losses)
+    for name, p in parameters.items():
+        expected = main[name] if name.startswith("trunk.") and sign < 0 else both[name]
+        assert relative_difference(p.grad, expected) < 1e-12, name
+    assert relative_difference(main["trunk.weight"], both["trunk.weight"]) > 0.1 and means.shape == (2,) and loss.shape == ()
+
+
+# ---------------------------------------- Losses and metrics, against slow versions ----------------------------------------
+
+
+def test_masked_softmax_and_focal_loss_match_loops():
+    torch.manual_seed(0)
+    psi, y = [3, 1, 4], torch.tensor([0, 1, 2, 2, 0])
+    z, expected = 5 * torch.randn(5, 8, dtype=torch.float64), torch.zeros(5, 8, dtype=torch.float64)
+    for n in range(5):
+        start = sum(psi[: y[n]])
+        total = sum(math.exp(z[n, k]) for k in range(start, start + psi[y[n]]))
+        for k in range(start, start + psi[y[n]]):
+            expected[n, k] = math.exp(z[n, k]) / total
+    labels = auxilearn.masked_softmax(z, y, psi)
+    assert relative_difference(labels, expected) < 1e-14 and (labels[expected == 0] == 0).all()
+    logits = torch.randn(5, 8, dtype=torch.float64)
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    hard = torch.tensor([-((1 - p[n, y[n]]) ** 2) * math.log(p[n, y[n]]) for n in range(5)])
+    soft = torch.tensor([sum(labels[n, k] * -((1 - p[n, k]) ** 2) * math.log(p[n, k]) for k in range(8)) for n in range(5)])
+    assert relative_difference(auxilearn.focal_loss(logits, y), hard) < 1e-6
+    assert relative_difference(auxilearn.focal_loss(logits, labels), soft) < 1e-6
+    losses = image_losses((logits, logits), y, labels)
+    assert losses.shape == (5, 2) and relative_difference(losses[:, 0], hard) < 1e-6
+    assert relative_difference(losses[:, 1], 0.25 * soft) < 1e-6
+    assert image_losses((logits, logits), y).shape == image_losses((logits,), y, labels).shape == (5, 1)
+
+
+def tiny_scenes():
+    """Random outputs and targets for 3 scenes of 2x3 pixels, with void pixels; one scene knows no depth at all."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.randn(3, c, 2, 3, dtype=torch.float64, generator=generator) for c in (4, 1, 3)]
+    segmentation = torch.randint(-1, 4, (3, 2, 3), generator=generator)
+    depth = torch.rand(3, 2, 3, dtype=torch.float64, generator=generator) * 5 * (segmentation >= 0)
+    depth[2] = 0
+    normals = F.normalize(torch.randn(3, 3, 2, 3, dtype=torch.float64, generator=generator), dim=1) * (depth > 0)[:, None]
+    assert (segmentation == -1).any() and (depth[:2] > 0).any()
+    return outputs, (segmentation, depth, normals)
+
+
+def test_scene_losses_match_loops():
+    outputs, (segmentation, depth, normals) = tiny_scenes()
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for n in range(3):
+        known = max(1, sum(float(depth[n, i, j]) > 0 for i in range(2) for j in range(3)))
+        for i in range(2):
+            for j in range(3):
+                z = outputs[0][n, :, i, j].tolist()
+                if segmentation[n, i, j] >= 0:
+                    expected[n, 0] += (math.log(sum(map(math.exp, z))) - z[segmentation[n, i, j]]) / 6
+                if depth[n, i, j] > 0:
+                    expected[n, 1] += abs(outputs[1][n, 0, i, j] - depth[n, i, j]) / known
+                    m = outputs[2][n, :, i, j]
+                    expected[n, 2] += (1 - (m / m.norm()) @ normals[n, :, i, j]) / known
+    got = scene_losses(outputs, (segmentation, depth, normals))
+    assert relative_difference(got, expected) < 1e-12 and (got[2, 1:] == 0).all()
+    assert torch.equal(scene_losses(outputs[:1], (segmentation, depth, normals)), got[:, :1])
+
+
+def test_scene_metrics_match_loops():
+    outputs, (segmentation, depth, normals) = tiny_scenes()
+    prediction = outputs[0].argmax(dim=1)
+    confusion = auxilearn.confusions(outputs[0], segmentation)
+
+    def iou(pixels, void_counts):
+        values = []
+        for c in range(4):
+            hit = sum(t == c == p for t, p in pixels)
+            union = sum(t == c or (p == c and (void_counts or t >= 0)) for t, p in pixels)
+            values += [hit / union] if union else []
+        return 100 * sum(values) / len(values)
+
+    images = [list(zip(segmentation[n].flatten().tolist(), prediction[n].flatten().tolist(), strict=True)) for n in range(3)]
+    together = [pixel for image in images for pixel in image]
+    accuracy = [100 * sum(t == p for t, p in image) / sum(t >= 0 for t, _ in image) for image in (*images, together)]
+    got = auxilearn.segmentation_metrics(confusion)
+    assert abs(got["miou"] - iou(together, False)) < 1e-9 and abs(got["pixel_accuracy"] - accuracy[3]) < 1e-9
+    assert abs(got["miou_per_image"] - sum(iou(image, True) for image in images) / 3) < 1e-9
+    assert abs(got["pixel_accuracy_per_image"] - sum(accuracy[:3]) / 3) < 1e-9
+    assert got["miou"] != got["miou_per_image"], "the two protocols differ"
+
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return tuple(o[x[:, 0, 0, 0].long()] for o in outputs)
+
+    class Loader(auxilearn.SceneLoader):
+        def __init__(self):
+            pass
+
+        def __iter__(self):
+            for at in ([0, 1], [2]):
+                yield torch.tensor(at, dtype=torch.float64)[:, None, None, None], (segmentation[at], depth[at], normals[at]), at
+
+    metrics = auxilearn.evaluate(Fixed(), Loader(), scene_losses, torch.autocast("cpu", enabled=False))
+    known = [(n, i, j) for n in range(3) for i in range(2) for j in range(3) if depth[n, i, j] > 0]
+    errors = [abs(float(outputs[1][n, 0, i, j] - depth[n, i, j])) for n, i, j in known]
+    relative = [e / float(depth[at]) for e, at in zip(errors, known, strict=True)]
+    angles = []
+    for n, i, j in known:
+        m = outputs[2][n, :, i, j]
+        angles.append(math.degrees(math.acos(float(m @ normals[n, :, i, j] / m.norm()))))
+    expected = {"depth_error": sum(errors) / len(known), "depth_relative_error": sum(relative) / len(known),
+                "normal_mean": sum(angles) / len(known), "normal_median": sorted(angles)[(len(angles) - 1) // 2],
+                "miou": got["miou"], "pixel_accuracy": got["pixel_accuracy"]}
+    expected |= {f"normal_within_{limit}": 100 * sum(a <= limit for a in angles) / len(angles) for limit in (11.25, 22.5, 30)}
+    for name, value in expected.items():
+        assert abs(metrics[f"test_{name}"] - value) < 1e-9, name
+
+
+# ---------------------------------------- The steps ----------------------------------------
+
+
+def image_case(seed=0):
+    torch.manual_seed(seed)
+    trunk, width = strip_classifier(mlp())
+    primary = auxilearn.PrimaryNetwork(trunk, [auxilearn.head(width, n) for n in (3, 6)])
+    label_network, combiner = auxilearn.LabelNetwork(mlp(), [2, 2, 2]), auxilearn.MonotoneLinear(2, skip=True)
+    x, x_u = torch.randn(2, 9, 3, 32, 32)
+    return primary, label_network, combiner, x, torch.arange(9) % 3, x_u
+
+
+def test_the_upper_step_moves_phi_and_nothing_else():
+    primary, label_network, combiner, x, y, x_u = image_case()
+    before = {n: t.clone() for n, t in primary.state_dict().items()}
+    phi = [*combiner.parameters(), *label_network.parameters()]
+    old = [p.clone() for p in phi]
+    optimizer = torch.optim.SGD(phi, 10.0)
+    options = {"neumann_steps": 3, "inner_lr": 0.01, "scale": "published"}
+    norm = auxilearn.upper_step(primary, combiner, label_network, optimizer, x, y, (x_u, y), image_losses, clip=1e-2, **options)
+    assert all(torch.equal(before[n], t) for n, t in primary.state_dict().items()) and norm > 1e-2
+    assert sum(not torch.equal(a, b) for a, b in zip(old, phi, strict=True)) >= len(phi) - 1  # a bias before batch norm is idle
+    moved = torch.cat([(a - b).flatten() for a, b in zip(old, phi, strict=True)]).norm()
+    assert abs(float(moved.detach()) - 10 * 1e-2) < 1e-4, "the clipped norm times the rate"
+    for _ in range(30):  # towards lower weights until the clamp holds them
+        for p in combiner.parameters():
+            p.data.sub_(0.2)
+        auxilearn.upper_step(primary, combiner, label_network, optimizer, x, y, (x_u, y), image_losses, clip=1e-2, **options)
+        assert (combiner.weight >= 0).all()
+
+
+def test_the_lower_step_gives_phi_no_gradient():
+    primary, label_network, combiner, x, y, _ = image_case()
+    with torch.no_grad():
+        labels = label_network(x, y)
+    optimizer = torch.optim.SGD(primary.parameters(), 0.1)
+    before = [p.clone() for p in primary.parameters()]
+    loss, means = auxilearn.lower_step(primary, optimizer, x, y, combiner, image_losses, labels)
+    assert combiner.weight.grad is None and abs(float(loss) - float(2 * means[0] + means[1])) < 1e-5
+    assert all(not torch.equal(a, b) for a, b in zip(before, primary.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("flags, sizes", [
+    ([], (900, 100)), (["--aux-set", "0"], (1000, 1000)), (["--aux-set", "0.0084"], (992, 8)),
+    (["--method", "single"], (1000, 1000)), (["--train-fraction", "0.5", "--aux-set", "0.2"], (400, 100)),
+    (["--aux-set", "1e-9"], (998, 2)),
+])  # fmt: skip
+def test_the_auxiliary_set_is_held_out(flags, sizes):
+    args = auxilearn.parse_args(["--dataset", "synthetic", *flags])
+    _, train, aux = auxilearn.load_data(args)
+    assert (len(train), len(aux)) == sizes
+    rows = torch.cat([train.images, aux.images]).flatten(1)
+    assert len(rows.unique(dim=0)) == (sum(sizes) if sizes[0] != 1000 else 1000), "no image is in both"
+    if sizes[1] == 100:
+        assert aux.labels.bincount().tolist() == [25] * 4
+
+
+# ---------------------------------------- The claim ----------------------------------------
+
+
+def learned_weights(seed, steps=250, upper_targets="clean"):
+    """The linear combiner's weights of four losses of one small regression: the main one, on noisy targets; helpful, clean
+    targets on the primary output; useless, independent noise on a head of its own; harmful, another sample's targets on the
+    primary output. The auxiliary set's targets are clean, unless told."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    teacher = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).requires_grad_(False)
+    for p in teacher.parameters():
+        p.mul_(2)
+    x, x_u = torch.randn(60, 8, generator=generator), torch.randn(40, 8, generator=generator)
+    clean, y_u = teacher(x), teacher(x_u)
+    noise, wrong = torch.randn(2, 60, 1, generator=generator), clean[torch.randperm(60, generator=generator)]
+    targets = (clean + clean.std() * noise[0], clean, noise[1], wrong)
+    upper = (x_u, (y_u,)) if upper_targets == "clean" else (x, (wrong,))
+
+    def losses(outputs, y, labels=None):
+        pairs = [(outputs[0], y[0])]
+        if len(outputs) > 1:
+            pairs += [(outputs[0], y[1]), (outputs[1], y[2]), (outputs[0], y[3])]
+        return torch.cat([(output - target).square() for output, target in pairs], dim=1)
+
+    primary = auxilearn.PrimaryNetwork(nn.Sequential(nn.Linear(8, 32), nn.Tanh()), [nn.Linear(32, 1), nn.Linear(32, 1)])
+    combiner = auxilearn.MonotoneLinear(4)
+    optimizer, upper_optimizer = torch.optim.SGD(primary.parameters(), 0.05), torch.optim.SGD(combiner.parameters(), 0.2)
+    options = {"neumann_steps": 3, "inner_lr": 0.05, "scale": "published", "clip": 10.0}
+    for step in range(steps):
+        auxilearn.lower_step(primary, optimizer, x, targets, combiner, losses)
+        if step % 5 == 4:
+            auxilearn.upper_step(primary, combiner, None, upper_optimizer, x, targets, upper, losses, **options)
+    return combiner.weight.tolist()
+
+
+def test_the_claim_helpful_useless_and_harmful_losses_are_ranked_so_in_every_seed():
+    for seed in range(5):
+        weights = learned_weights(seed)
+        print(f"seed {seed}: main, helpful, useless, harmful {[round(w, 2) for w in weights]}")
+        _, helpful, useless, harmful = weights
+        assert helpful > useless + 0.2 and useless > harmful + 0.2, weights
+    _, helpful, _, harmful = learned_weights(0, upper_targets="wrong")
+    assert harmful > helpful, "what is harmful is decided by the auxiliary set alone"
+
+
+def test_scenes_train_end_to_end_and_beat_the_constant_predictors(tmp_path):
+    data = make_scenes()
+    known = data.test.depth > 0
+    mean = F.normalize(data.train.normals.movedim(1, -1)[data.train.depth > 0].mean(dim=0), dim=0)
+    constant = float((data.test.normals.movedim(1, -1)[known] @ mean).acos().rad2deg().mean())
+    wall = data.classes.index("wall")
+    share = float((data.test.segmentation[known] == wall).float().mean())
+    flags = ["--mode", "combine", "--dataset", "synthetic-scenes", "--epochs", 2, "--out-dir", tmp_path, "--device", "cpu"]
+    folder = Path(auxilearn.main([str(f) for f in flags])["folder"])
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
+    print(f"pixel accuracy {last['test_pixel_accuracy']:.1f} (wall everywhere {100 * share:.1f}), mIoU {last['test_miou']:.1f} "
+          f"({100 * share / 6:.1f}), angle {last['test_normal_mean']:.1f} (mean normal {constant:.1f})")
+    assert last["test_pixel_accuracy"] > 100 * share + 5 and last["test_miou"] > 2 * 100 * share / 6
+    assert last["test_normal_mean"] < constant - 1
+    assert last["segmentation_weight"] != 1 and last["hypergradient_norm"] > 0
+    assert {"test_depth_error", "test_normal_within_11.25", "test_miou_per_image"} <= last.keys()
+
+
+@pytest.fixture
+def few_scenes(monkeypatch):
+    """Runs on 40 training and 8 test scenes; returns the flags of such a run on a narrow network."""
+    monkeypatch.setattr(common, "make_scenes", lambda height, width: make_scenes(40, 8, height, width))
+    return ["--mode", "combine", "--dataset", "synthetic-scenes", "--width", "2", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("method", ["single", "equal", "uncertainty", "dwa", "gcs", "auxilearn"])
+def test_combine_s_methods_run_and_reads_do_not_grow_with_the_steps(method, tmp_path, few_scenes):
+    from test_contract import count_reads
+
+    reads, tasks = [], ("segmentation", "depth", "normals")
+    upper = ["--upper-every", "3"] if method == "auxilearn" else []
+    for steps in (3, 6):
+        flags = [*few_scenes, *upper, "--method", method, "--max-steps", str(steps), "--epochs", "3" if method == "dwa" else "1"]
+        with count_reads() as mode:
+            summary = auxilearn.main([*flags, "--out-dir", str(tmp_path / str(steps))])
+        reads.append(mode.reads)
+    lines = [json.loads(line) for line in (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()]
+    assert reads[0] == reads[1] and ("test_depth_error" in lines[0]) == (method != "single")
+    if method == "dwa":
+        weights = [lines[1][f"{task}_weight"] for task in tasks]
+        assert weights != [1, 1, 1] and abs(sum(weights) - 3) < 1e-5
+
+
+def test_a_combine_run_resumes_bit_for_bit(tmp_path, few_scenes):
+    from test_contract import numbers, same_state
+
+    flags = [*few_scenes, "--max-steps", "4", "--upper-every", "3", "--combiner", "nonlinear", "--epochs", "3", "--out-dir"]
+    whole = auxilearn.main([*flags, str(tmp_path / "a")])["folder"]
+    step, calls = auxilearn.lower_step, []
+
+    def interrupted_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(auxilearn, "lower_step", interrupted_step)
+        auxilearn.main([*flags, str(tmp_path / "b")])
+    resumed = auxilearn.main([*flags, str(tmp_path / "b"), "--resume"])["folder"]
+    assert numbers(whole) == numbers(resumed) and len(numbers(whole)) == 3
+    assert same_state(*(torch.load(Path(f) / "last.pt", weights_only=True) for f in (whole, resumed)))
+
+
+# ---------------------------------------- The command line ----------------------------------------
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--mode", "combine", "--dataset", "cifar10"], "synthetic-scenes, nyuv2"),
+    (["--dataset", "nyuv2"], "cifar100-20"),
+    (["--mode", "combine", "--psi", "3"], "--psi is not for --mode combine"),
+    (["--width", "8"], "--width is not for --mode generate"),
+    (["--mode", "combine", "--method", "human"], "--method equal"),
+    (["--method", "equal"], "--method human"),
+    (["--method", "single", "--aux-set", "0.2"], "--aux-set is not for --method single"),
+    (["--method", "dwa", "--neumann-steps", "5"], "--neumann-steps is not for --method dwa"),
+    (["--dataset", "synthetic", "--combiner", "conv"], "linear"),
+    (["--neumann-steps", "-1"], "int from 0"),
+    (["--dataset", "cifar100-100", "--method", "human", "--data-root", "DATA"], "no human auxiliary labels"),
+    (["--mode", "combine", "--data-root", "DATA"], "nyuv2/{train,val}"),
+])  # fmt: skip
+def test_wrong_combinations_get_one_line(flags, said, tmp_path, capsys):
+    from test_common import write_cifar100
+
+    write_cifar100(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        auxilearn.main([*(str(tmp_path) if f == "DATA" else f for f in flags), "--out-dir", str(tmp_path / "runs")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and said in error, error
+
+
+def test_the_data_set_decides_the_defaults():
+    pet, nyu, small = (auxilearn.parse_args(f.split()) for f in (
+        "--dataset oxford-pet", "--mode combine", "--mode combine --dataset synthetic-scenes --lr 0.5 --epochs 7"))
+    assert (pet.epochs, pet.batch_size, pet.lr, pet.momentum, pet.schedule, pet.aux_set) == (150, 16, 1e-3, 0.9, "cosine", 0.0084)
+    assert (nyu.dataset, nyu.optimizer, nyu.lr, nyu.inner_lr) == ("nyuv2", "adam", 1e-4, 1e-4)
+    assert (nyu.upper_every, nyu.upper_batch_size) == (50, 2)
+    assert (nyu.hidden, nyu.width, nyu.clip, nyu.epochs) == ([3], 64, 25.0, 200)
+    assert (small.lr, small.inner_lr, small.epochs, small.width) == (0.5, 0.5, 7, 8)
+
+
+def test_nyuv2_runs_on_made_files(tmp_path):
+    from test_common import write_nyuv2
+
+    write_nyuv2(tmp_path, train=12, test=3, height=32, width=48)
+    flags = ["--mode", "combine", "--data-root", tmp_path, "--width", 2, "--max-steps", 2, "--batch-size", 2, "--upper-every", 1]
+    summary = auxilearn.main([str(f) for f in [*flags, "--aux-set", 0.2, "--out-dir", tmp_path / "runs"]])
+    assert 0 <= summary["test_miou"] <= 100
+
+
+def test_real_cifar100_and_pets_train_in_generate_mode(real_data, tmp_path):
+    flags = ["--backbone", "convnet4", "--max-steps", 4, "--upper-every", 2, "--data-root", real_data]
+    for dataset, more in (("cifar100-20", []), ("oxford-pet", ["--image-size", 64, "--aux-set", 0.02, "--workers", 0])):
+        summary = auxilearn.main([str(f) for f in ["--dataset", dataset, *flags, *more, "--out-dir", tmp_path]])
+        line = json.loads((Path(summary["folder"]) / "metrics.jsonl").read_text())
+        assert line["hypergradient_norm"] > 0 and line["primary_weight"] != 1

@@ -15,8 +15,8 @@ of a small auxiliary set, along an implicit gradient with a truncated Neumann se
     (7)  l(p, t) = -sum_k t_k (1 - p_k)^2 log p_k              generate: focal loss, t one-hot or soft
     (8)  g_phi = sum_i w_i l_i (linear; generate adds l_1), or a Softplus network plus l_1 (nonlinear), all w >= 0
 
-    python auxilearn.py --dataset synthetic                          RESULT_SYN
-    python auxilearn.py --mode combine --dataset synthetic-scenes    RESULT_SCENES
+    python auxilearn.py --dataset synthetic                          96.1 % (chance 25 %) in under a minute on 2 CPU cores
+    python auxilearn.py --mode combine --dataset synthetic-scenes    segmentation mIoU 57.6 % (wall everywhere: 9.5 %), two minutes
     python auxilearn.py --dataset cifar100-20                        WAMAL, Table 3: 80.33 %; not yet run here
 
 Departures from the paper's authors' code [C], which holds the Pet and NYU v2 experiments alone. The equations' numbers are ours.
@@ -65,14 +65,14 @@ IMAGE_FLAGS = "image_size workers backbone label_backbone pretrained psi amp".sp
 RECIPES = {  # the defaults that depend on the data set; those of the first hold where a set's own says nothing else
     "images": {"epochs": 200, "batch_size": 100, "optimizer": "sgd", "lr": 0.01, "momentum": 0.0, "weight_decay": 0.0,
                "schedule": "step", "train_fraction": 1.0, "aux_set": 0.1, "hidden": [10, 10], "upper_every": 30, "clip": 50.0,
-               "upper_lr": 1e-3, "upper_weight_decay": 5e-3, "width": 64},
+               "upper_lr": 1e-3, "upper_weight_decay": 5e-3, "width": 64, "levels": 5},
     "oxford-pet": {"epochs": 150, "batch_size": 16, "lr": 1e-3, "momentum": 0.9, "weight_decay": 5e-3, "schedule": "cosine",
                    "train_fraction": 0.3, "aux_set": 0.0084},  # 30 images a class, 9 in the auxiliary set
     "synthetic": {"epochs": 4, "batch_size": 50, "lr": 0.03, "upper_every": 5, "upper_lr": 1e-2},
     "nyuv2": {"batch_size": 8, "optimizer": "adam", "lr": 1e-4, "aux_set": 0.025, "hidden": [3], "upper_every": 50,
               "upper_batch_size": 2, "clip": 25.0, "upper_weight_decay": 1e-4},
-    "synthetic-scenes": {"epochs": 4, "batch_size": 4, "optimizer": "adam", "lr": 1e-2, "schedule": "cosine", "hidden": [3],
-                         "upper_every": 10, "clip": 25.0, "upper_lr": 1e-2, "upper_weight_decay": 1e-4, "width": 8},
+    "synthetic-scenes": {"epochs": 4, "batch_size": 4, "optimizer": "adam", "lr": 5e-3, "schedule": "cosine", "hidden": [3],
+                         "upper_every": 10, "clip": 25.0, "upper_lr": 1e-2, "upper_weight_decay": 1e-4, "width": 8, "levels": 3},
 }
 
 
@@ -99,6 +99,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--label-backbone", metavar="NAME", help="backbone of the label network (default: that of the primary network)")
     add("--pretrained", action=argparse.BooleanOptionalAction, default=False, help="start from ImageNet weights")
     add("--width", type=count, metavar="N", help="combine: channels of SegNet's first level (default: 64; synthetic-scenes 8)")
+    add("--levels", type=number(int, 2, 5), metavar="N", help="combine: of SegNet (default: 5; synthetic-scenes 3)")
     add("--psi", type=number(int, 1, 9999), default=5, metavar="N", help="generate: sub-classes a class")
     add("--combiner", choices=["linear", "nonlinear"], default="linear", help="g of (8)")
     add("--hidden", type=count, nargs="+", metavar="N", help="widths of the nonlinear g (default: 10 10; combine 3)")
@@ -129,7 +130,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--plot", action="store_true", help="draw the curves as PNG; needs matplotlib")
     args = p.parse_args(argv)
     combine = args.mode == "combine"
-    refused = dict.fromkeys(IMAGE_FLAGS if combine else ["width"], f"--mode {args.mode}")
+    refused = dict.fromkeys(IMAGE_FLAGS if combine else ["width", "levels"], f"--mode {args.mode}")
+    refused |= {"hidden": "--combiner linear"} if args.combiner == "linear" else {}
     refused |= {name: f"--method {args.method}" for name in UPPER_FLAGS if args.method != "auxilearn"}
     for name, where in refused.items():
         if getattr(args, name) != p.get_default(name):
@@ -139,10 +141,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     args.dataset = args.dataset or ("nyuv2" if combine else "cifar100-20")
     if combine != (args.dataset in SCENE_SETS):
         p.error(f"--mode {args.mode} has no dataset {args.dataset}; known are {', '.join(SCENE_SETS if combine else IMAGE_SETS)}")
-    args.epochs = args.epochs or (1 if args.max_steps else None)
-    for name, default in (RECIPES["images"] | RECIPES.get(args.dataset, {})).items():
+    args.epochs, recipe = args.epochs or (1 if args.max_steps else None), RECIPES["images"] | RECIPES.get(args.dataset, {})
+    if args.momentum and (args.optimizer or recipe["optimizer"]) != "sgd":
+        p.error("--momentum is for --optimizer sgd")
+    for name, default in recipe.items():
         setattr(args, name, default if getattr(args, name) is None else getattr(args, name))
-    args.upper_batch_size, args.inner_lr = args.upper_batch_size or args.batch_size, args.inner_lr or args.lr
+    args.upper_batch_size = args.upper_batch_size or args.batch_size
     args.backbone = args.backbone or ("convnet4" if args.dataset == "synthetic" else "vgg16-cifar")
     args.label_backbone = args.label_backbone or args.backbone
     return args
@@ -596,7 +600,7 @@ def build_networks(args, data):
     if args.mode == "combine":
         outputs = [len(data.classes), 1, 3][: 1 if args.method == "single" else 3]
         heads = [nn.Sequential(nn.Conv2d(args.width, args.width, 3, padding=1), nn.Conv2d(args.width, n, 1)) for n in outputs]
-        primary = PrimaryNetwork(SegNet(args.width), heads)
+        primary = PrimaryNetwork(SegNet(args.width, args.levels), heads)
         for convolution in [m for m in primary.modules() if isinstance(m, nn.Conv2d)]:
             nn.init.xavier_normal_(convolution.weight)
             nn.init.zeros_(convolution.bias)
@@ -731,7 +735,8 @@ def train(args) -> dict:
 
     human = args.mode == "generate" and label_network is None and len(tasks) > 1
     human_labels = train_split.auxiliary.to(device) if human else None
-    options = {"neumann_steps": args.neumann_steps, "inner_lr": args.inner_lr, "scale": args.hypergrad_scale, "clip": args.clip}
+    options = {"neumann_steps": args.neumann_steps, "inner_lr": args.inner_lr or args.lr}
+    options |= {"scale": args.hypergrad_scale, "clip": args.clip}
     take_step = gcs_step if args.method == "gcs" else lower_step
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16", cache_enabled=False)
     print(f"{args.method} on {args.dataset}: {len(train_split)} training and {len(aux_split)} auxiliary images, {steps} steps an "

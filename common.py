@@ -797,13 +797,14 @@ def convnet4(num_classes: int = 10) -> nn.Module:
 
 class SegNet(nn.Module):
     """SegNet for dense prediction, of the width that MTAN calls wide (64 to 1024 channels): five levels down, pooled by 2, and
-    five up, unpooled to where the maxima were. (B, 3, H, W), H and W at least 32, to (B, width, H, W)."""
+    five up, unpooled to where the maxima were. (B, 3, H, W), H and W at least 2^levels, to (B, width, H, W)."""
 
-    def __init__(self, width: int = 64):
+    def __init__(self, width: int = 64, levels: int = 5):
         super().__init__()
-        w = [width * 2**i for i in range(5)]
-        self.down = nn.ModuleList(map(self.level, [3, *w[:4]], w, [2, 2, 3, 3, 3]))
-        self.up = nn.ModuleList(map(self.level, w[::-1], [*w[3::-1], width], [3, 3, 3, 2, 2]))
+        w = [width * 2**i for i in range(levels)]
+        down, up = [2, 2, 3, 3, 3][:levels], [3, 3, 3, 2, 2][-levels:]  # convolutions
+        self.down = nn.ModuleList(map(self.level, [3, *w[:-1]], w, down))
+        self.up = nn.ModuleList(map(self.level, w[::-1], [*w[-2::-1], width], up))
 
     @staticmethod
     def level(width_in: int, width: int, convolutions: int) -> nn.Sequential:

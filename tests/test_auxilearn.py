@@ -497,7 +497,7 @@ def test_scenes_train_end_to_end_and_beat_the_constant_predictors(tmp_path):
     constant = float((data.test.normals.movedim(1, -1)[known] @ mean).acos().rad2deg().mean())
     wall = data.classes.index("wall")
     share = float((data.test.segmentation[known] == wall).float().mean())
-    flags = ["--mode", "combine", "--dataset", "synthetic-scenes", "--epochs", 2, "--out-dir", tmp_path, "--device", "cpu"]
+    flags = ["--mode", "combine", "--dataset", "synthetic-scenes", "--epochs", 3, "--out-dir", tmp_path, "--device", "cpu"]
     folder = Path(auxilearn.main([str(f) for f in flags])["folder"])
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
     print(f"pixel accuracy {last['test_pixel_accuracy']:.1f} (wall everywhere {100 * share:.1f}), mIoU {last['test_miou']:.1f} "
@@ -568,6 +568,8 @@ def test_a_combine_run_resumes_bit_for_bit(tmp_path, few_scenes):
     (["--method", "dwa", "--neumann-steps", "5"], "--neumann-steps is not for --method dwa"),
     (["--dataset", "synthetic", "--combiner", "conv"], "linear"),
     (["--neumann-steps", "-1"], "int from 0"),
+    (["--hidden", "4"], "--hidden is not for --combiner linear"),
+    (["--mode", "combine", "--momentum", "0.5"], "--optimizer sgd"),
     (["--dataset", "cifar100-100", "--method", "human", "--data-root", "DATA"], "no human auxiliary labels"),
     (["--mode", "combine", "--data-root", "DATA"], "nyuv2/{train,val}"),
 ])  # fmt: skip
@@ -585,10 +587,10 @@ def test_the_data_set_decides_the_defaults():
     pet, nyu, small = (auxilearn.parse_args(f.split()) for f in (
         "--dataset oxford-pet", "--mode combine", "--mode combine --dataset synthetic-scenes --lr 0.5 --epochs 7"))
     assert (pet.epochs, pet.batch_size, pet.lr, pet.momentum, pet.schedule, pet.aux_set) == (150, 16, 1e-3, 0.9, "cosine", 0.0084)
-    assert (nyu.dataset, nyu.optimizer, nyu.lr, nyu.inner_lr) == ("nyuv2", "adam", 1e-4, 1e-4)
+    assert (nyu.dataset, nyu.optimizer, nyu.lr, nyu.levels) == ("nyuv2", "adam", 1e-4, 5)
     assert (nyu.upper_every, nyu.upper_batch_size) == (50, 2)
     assert (nyu.hidden, nyu.width, nyu.clip, nyu.epochs) == ([3], 64, 25.0, 200)
-    assert (small.lr, small.inner_lr, small.epochs, small.width) == (0.5, 0.5, 7, 8)
+    assert (small.lr, small.epochs, small.width, small.levels) == (0.5, 7, 8, 3)
 
 
 def test_nyuv2_runs_on_made_files(tmp_path):

@@ -332,14 +332,12 @@ def implicit_gradient(loss_lower, loss_upper, parameters, hyperparameters, *, ne
     """
     theta = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     device = next(iter(theta.values())).device
-    generator = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator  # dropout's
-    random_state = generator.get_state()
     v = torch.autograd.grad(loss_upper(theta), list(theta.values()), materialize_grads=True)
 
     def lower_at(tensors, tangents):
-        """L_T and, in forward mode, its derivative along the tangents. Fused attention has no rule for that."""
+        """L_T and, in forward mode, its derivative along the tangents. Fused attention has no rule for that; the random state is
+        put back, so that dropout has the same masks each time."""
         with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            generator.set_state(random_state)
             return loss_lower({n: forward_ad.make_dual(p, t) for (n, p), t in zip(tensors.items(), tangents, strict=True)})
 
     total = v  # p of (4)
@@ -779,7 +777,7 @@ def train(args) -> dict:
         metrics |= {f"{task}_loss": value / steps for task, value in zip(tasks, means.tolist(), strict=True)}
         if hasattr(combiner, "weight"):
             metrics |= {f"{task}_weight": value for task, value in zip(tasks, combiner.weight.tolist(), strict=True)}
-        metrics |= {"hypergradient_norm": float(norm_sum) / norms} if norms else {}
+        metrics |= {"hypergradient_norm": float(norm_sum) / max(1, norms)} if args.method == "auxilearn" else {}
         scheduler.step()
         metrics |= test | {"images_per_second": steps * args.batch_size / seconds, "milliseconds_per_step": 1000 * seconds / steps,
                     "peak_memory_mib": peak_memory_mib(device),

@@ -45,7 +45,7 @@ SCRIPTS = {
         [], ["--held-out", "0.2"], ["--method", "maxl-first-order"], ["--method", "random"], ["--method", "single"],
         ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]]),
     "auxilearn": Facts([*IMAGES, "--max-steps", "3"], ["primary", "combiner", "label_network"],
-        step="lower_step", lines=816, reads=[[], ["--aux-set", "0"], ["--combiner", "nonlinear"]]),
+        step="lower_step", lines=814, reads=[[], ["--aux-set", "0"], ["--combiner", "nonlinear"]]),
 }  # fmt: skip
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]

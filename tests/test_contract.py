@@ -34,8 +34,8 @@ class Facts(NamedTuple):
     best: Callable = max
     unknown: str = "cifar100-20"  # a data set that the error about an unknown one must name
     missing: tuple[str, str, str] = ("cifar100-20", "CIFAR100", "cifar-100-python.tar.gz")  # data set, torchvision's, what to put
-    lines: int = 700  # at most so many; auxilearn.py holds two methods
     reads: Sequence[list[str]] = ([],)  # flags of the runs whose reads from the device are counted
+    lines: int = 700  # at most so many; auxilearn.py holds two methods
 
 
 SCRIPTS = {

@@ -43,6 +43,11 @@ SCRIPTS = {
     "maxl": Facts([*IMAGES, "--max-steps", "3"], ["primary", "label_network"], reads=[
         [], ["--held-out", "0.2"], ["--method", "maxl-first-order"], ["--method", "random"], ["--method", "single"],
         ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]]),
+    "soft_order": Facts(
+        ["--dataset", "synthetic", "--epochs", "2", "--epoch-steps", "3"], ["network"], "training_step", "--epoch-steps",
+        "test_error", min, "omniglot", ("mnist", "MNIST", "train-images-idx3-ubyte"),
+        [[], ["--method", "parallel"], ["--method", "permuted"], ["--method", "single"], ["--dropout", "0.5", "--identity-layer"],
+         ["--dataset", "random", "--samples", "20"]]),
 }  # fmt: skip
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]

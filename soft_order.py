@@ -46,6 +46,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torchvision import datasets
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from common import InputError, Split, ensure_files, hold_out, reading
@@ -552,8 +553,7 @@ def load_uci(args) -> Tasks:
 
 def load_omniglot(args) -> Tasks:
     """Alphabets, whose characters are the classes (4.3): uint8 (N, 1, 105, 105), ink 1, paper 0. No encoder."""
-    root, generator = Path(args.data_root) / "omniglot-py", torch.Generator().manual_seed(args.seed)
-    parts = [], []
+    root, parts, generator = Path(args.data_root) / "omniglot-py", ([], []), torch.Generator().manual_seed(args.seed)
 
     def find():
         return [next(root.glob(f"images_*/{name}"), root / "images_background" / name) for name in args.task_names]
@@ -565,9 +565,8 @@ def load_omniglot(args) -> Tasks:
             images, files = [], datasets.ImageFolder(str(folder)).samples
             for path, _ in files:
                 with reading(path):
-                    pixels = torchvision.transforms.functional.pil_to_tensor(datasets.folder.pil_loader(path))[:1]
-                    images.append((pixels < 128).byte())
-            split = Split(torch.stack(images), torch.tensor([label for _, label in files]))
+                    images.append(pil_to_tensor(datasets.folder.pil_loader(path))[:1] < 128)
+            split = Split(torch.stack(images).byte(), torch.tensor([label for _, label in files]))
         for part, found in zip(parts, hold_out(split, args.test_fraction, generator), strict=True):
             part.append((found.images, found.labels))
     return Tasks(args.task_names, *map(join, parts), [int(y.max()) + 1 for _, y in parts[0]])

@@ -434,7 +434,8 @@ def test_evaluate_matches_a_loop_over_unequal_tasks():
         logits = network(x.expand(3, -1, -1))[t]
         errors.append(100 * float((logits.argmax(1) != y).double().mean()))
         losses.append(float(F.cross_entropy(logits, y)))
-    assert found["task_errors"] == pytest.approx(errors, rel=1e-5) and found["test_error"] == pytest.approx(sum(errors) / 3, rel=1e-5)
+    assert found["task_errors"] == pytest.approx(errors, rel=1e-5)
+    assert found["test_error"] == pytest.approx(sum(errors) / 3, rel=1e-5)
     assert found["test_loss"] == pytest.approx(sum(losses), rel=1e-5)
 
 
@@ -587,7 +588,8 @@ def test_omniglot_characters_are_classes_and_each_is_split(tmp_path):
     write_omniglot(tmp_path, "images_evaluation", ("ULOG",), (2,))
     args = arguments(*OMNIGLOT, "--data-root", tmp_path, "--task-names", "Korean", "ULOG", "Greek", "--test-fraction", 0.2)
     tasks = soft_order.load_omniglot(args)
-    assert tasks.num_outputs == [2, 2, 3] and tasks.train.counts.tolist() == [16, 16, 24] and tasks.test.counts.tolist() == [4, 4, 6]
+    assert tasks.num_outputs == [2, 2, 3]
+    assert tasks.train.counts.tolist() == [16, 16, 24] and tasks.test.counts.tolist() == [4, 4, 6]
     for samples, each in ((tasks.train, 8), (tasks.test, 2)):
         assert samples.x.shape[1:] == (1, 24, 24) and samples.x.dtype == torch.uint8
         assert (samples.x.sum((1, 2, 3)) == 1).all(), "ink is 1, paper 0"

@@ -46,6 +46,11 @@ SCRIPTS = {
         ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]]),
     "auxilearn": Facts([*IMAGES, "--max-steps", "3"], ["primary", "combiner", "label_network"],
         step="lower_step", lines=814, reads=[[], ["--aux-set", "0"], ["--combiner", "nonlinear"]]),
+    "soft_order": Facts(
+        ["--dataset", "synthetic", "--epochs", "2", "--epoch-steps", "3"], ["network"], "training_step", "--epoch-steps",
+        "test_error", min, "omniglot", ("mnist", "MNIST", "train-images-idx3-ubyte"),
+        [[], ["--method", "parallel"], ["--method", "permuted"], ["--method", "single"], ["--dropout", "0.5", "--identity-layer"],
+         ["--dataset", "random", "--samples", "20"]]),
 }  # fmt: skip
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]

@@ -43,6 +43,9 @@ SCRIPTS = {
     "maxl": Facts([*IMAGES, "--max-steps", "3"], ["primary", "label_network"], reads=[
         [], ["--held-out", "0.2"], ["--method", "maxl-first-order"], ["--method", "random"], ["--method", "single"],
         ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]]),
+    "maoal": Facts([*IMAGES, "--max-steps", "3", "--lower-steps", "2"], ["network", "learned"], "lower_step", reads=[
+        [], ["--method", "auxl"], ["--method", "uncertainty"], ["--method", "gcs"], ["--method", "single"], ["--interval", "1"],
+        ["--partition", "parameter"], ["--preset", "published-code"]]),
 }  # fmt: skip
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]

@@ -184,8 +184,9 @@ def partition_modules(model: nn.Module, how: str = "block") -> dict[str, list[st
 
 def prediction_loss(output, y):
     """Mean cross-entropy of logits (B, C) over the labels y (B,) >= 0; for ratings y (B,), which are floats, the squared error."""
-    sum_of = F.mse_loss if y.is_floating_point() else partial(F.cross_entropy, ignore_index=-1)
-    return sum_of(output, y, reduction="sum") / ((y >= 0).sum() + 1e-12)  # ratings are all above 0
+    if y.is_floating_point():
+        return (output - y).square().mean()  # F.mse_loss has no forward-over-reverse derivative
+    return F.cross_entropy(output, y, ignore_index=-1, reduction="sum") / ((y >= 0).sum() + 1e-12)
 
 def task_loss(network, batch, task: int, theta=None):
     """L_task, a scalar. theta: parameters by name to use instead; such a pass changes no statistics and no random state."""
@@ -286,7 +287,7 @@ def effective_importance(args, alpha):
 
 def lower_gradients(args, network, batches, modules, learned):
     """The method's losses (K+1,) and update field by name; the gradient of uncertainty's s goes into its .grad."""
-    a = torch.ones(len(batches) - 1, len(modules) + 1, device=next(network.parameters()).device)  # last column: the heads
+    a = next(network.parameters()).new_ones(len(batches) - 1, len(modules) + 1)  # last column: the heads
     if args.method == "maoal":
         a = effective_importance(args, torch.cat([learned["weight"].detach(), a[:, -1:]], dim=1))
     elif args.method == "uncertainty":  # sum_i L_i / (2 exp s_i) + s_i / 2
@@ -548,7 +549,7 @@ def endless_batches(args, loaders, auxiliary):
 
 def build_optimizer(kind: str, parameters, momentum: float = 0.9, **options):
     """An optimiser by its name on the command line. momentum: of "momentum", which is SGD."""
-    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+    kinds = {"adam": partial(torch.optim.Adam, fused=True), "adamw": partial(torch.optim.AdamW, fused=True), "sgd": torch.optim.SGD}
     return kinds.get(kind, partial(torch.optim.SGD, momentum=momentum))(parameters, **options)
 
 def build_learned(args, auxiliaries: int, modules: int):
@@ -558,7 +559,7 @@ def build_learned(args, auxiliaries: int, modules: int):
         return nn.ParameterDict({"weight": starts[args.method]}) if args.method in starts else None
     g = nn.Sequential(nn.Linear(auxiliaries + 1, 5), nn.Softplus(), nn.Linear(5, 5), nn.Softplus(), nn.Linear(5, 1, bias=False))
     for p in g.parameters():  # [C] has weight norm, AuxiLearn's own scripts have none
-        nn.init.uniform_(p, 0, float(p.dim() == 2))  # biases are 0
+        nn.init.uniform_(p, 0, 0.2 * (p.dim() == 2))  # biases are 0; 0.2: AuxiLearn for Pet
     return g
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """MAOAL: its maths in float64 against slow versions written here, and its claim on data where the answer is known."""
 
-import argparse
 import copy
 import json
 import math
@@ -17,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maoal
-from common import ImageSet, InputError, Split, convnet4, resnet18_cifar, vgg16_cifar
+from common import ImageSet, Split, convnet4, resnet18_cifar, vgg16_cifar
 
 FIELDS = [3883, 18, 6040, 2, 7, 21]  # MovieLens-1M's
 
@@ -170,7 +169,8 @@ def test_heads_take_their_own_column_and_statistics_follow_each_pass_once():
         a = importance if column is None else torch.cat([importance, column[:, None]], dim=1)
         _, field = maoal.module_weighted_gradients(copy.deepcopy(network), batches, modules, a)
         for i in range(3):
-            (expected,) = torch.autograd.grad(slow_loss(network, batches[i], i, dict(network.named_parameters())), network.heads[i].weight)
+            loss = slow_loss(network, batches[i], i, dict(network.named_parameters()))
+            (expected,) = torch.autograd.grad(loss, network.heads[i].weight)
             factor = 1 if i == 0 or column is None else column[i - 1]
             assert relative_difference(field[f"heads.{i}.weight"], factor * expected) < 1e-10
     reference = copy.deepcopy(network)
@@ -277,8 +277,10 @@ def published_gradient(network, modules, batches, dev, importance, lr, look_back
 
 @pytest.mark.parametrize("look_back", [0, 2])
 @pytest.mark.parametrize("make", [
-    make_problem, make_ratings, lambda: make_problem(small_resnet, how="parameter"), lambda: make_problem(small_resnet, how="model"),
-    lambda: make_problem(dropout), lambda: make_problem(small_vit, images=4), lambda: make_problem(small_resnet, (3, *[2] * 4)),
+    make_problem, make_ratings,
+    lambda: make_problem(small_resnet, how="parameter"), lambda: make_problem(small_resnet, how="model"),
+    lambda: make_problem(dropout), lambda: make_problem(small_vit, images=4),
+    lambda: make_problem(small_resnet, (3, *[2] * 4)),
 ], ids=["convnet4", "ratings", "parameter", "model", "dropout", "vit", "resnet, five tasks"])  # fmt: skip
 def test_importance_gradient_equals_the_published_way(make, look_back):
     network, modules, batches, dev, importance = make()
@@ -448,3 +450,323 @@ def test_the_claim_harmful_losses_end_below_helpful_ones():
     assert (raw.mean(0)[1] < raw.mean(0)[0]).all() and (relu.mean(0)[1] < relu.mean(0)[0]).all()
     assert (relu[:, 1] <= 0.1).all(), "the published ReLU switches a harmful loss off"
     assert (raw[:, 1] < 0).any(), "raw importances go negative"
+
+
+# ---------------------------------------- Data ----------------------------------------
+
+
+def write_movielens(root: Path, stamps: bool = True, users: int = 12, movies: int = 9) -> list[tuple[int, int, int]]:
+    """Files as ml-1m's, ids with gaps, a title with a letter outside ASCII; the ratings (user, movie, rating) they hold."""
+    folder = root / "ml-1m"
+    folder.mkdir(parents=True)
+    rows = [(3 * u + 1, 5 * m + 2, 1 + (u * 7 + m * 3) % 5) for u in range(users) for m in range(movies)]
+    end = "::978300760" if stamps else ""
+    (folder / "ratings.dat").write_text("".join(f"{u}::{m}::{r}{end}\n" for u, m, r in rows))
+    lines = [f"{3 * u + 1}::{'FM'[u % 2]}::{(1, 18, 25)[u % 3]}::{(u * 5) % 4}::0{u}\n" for u in reversed(range(users))]
+    (folder / "users.dat").write_text("".join(lines))
+    genres = ["Comedy|Drama", "Drama", "Action"]
+    lines = [f"{5 * m + 2}::Film \xe9 {m} (1999)::{genres[m % 3]}\n" for m in range(movies)]
+    (folder / "movies.dat").write_text("".join(lines), encoding="latin-1")
+    return rows
+
+
+@pytest.mark.parametrize("stamps", [True, False])
+@pytest.mark.parametrize("keep", [True, False])
+def test_movielens_is_tensorised_as_published(tmp_path, stamps, keep):
+    rows = [row for row in write_movielens(tmp_path, stamps) if keep or row[2] != 3]
+    ratings, sizes = maoal.load_movielens(tmp_path, keep)
+    assert sizes == [9, 3, 12, 2, 3, 4] and ratings.labels.tolist() == [r for _, _, r in rows]
+    assert all(int(ratings.images[:, f].min()) >= 0 and int(ratings.images[:, f].max()) < n for f, n in enumerate(sizes))
+    for (user, movie, _), x in zip(rows, ratings.images.tolist(), strict=True):
+        u, m = (user - 1) // 3, (movie - 2) // 5
+        assert x[1] == (1, 2, 0)[m % 3], "the first genre only: Action 0, Comedy 1, Drama 2"
+        assert x[3:5] == ["FM".index("FM"[u % 2]), sorted(("1", "18", "25")).index(("1", "18", "25")[u % 3])]
+    for column, key in ((0, 1), (2, 0)):  # the same movie or user gets the same number, another one another
+        pairs = {(row[key], x[column]) for row, x in zip(rows, ratings.images.tolist(), strict=True)}
+        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+
+
+def test_ratings_are_split_as_paper_and_code_have_it(tmp_path):
+    write_movielens(tmp_path)
+    ratings, _ = maoal.load_movielens(tmp_path, True)
+    ratings.images[:, 0] = torch.arange(108)  # each rating can be told apart
+    sizes = {}
+    for preset, method in (("paper", "maoal"), ("published-code", "maoal"), ("paper", "single")):
+        flags = ["--dataset", "movielens-1m", "--method", method, "--dev-size", "8"] if method == "maoal" else [
+            "--dataset", "movielens-1m", "--method", method]
+        args = maoal.parse_args([*flags, "--batch-size", "16", *(["--preset", preset] if method == "maoal" else [])])
+        args.dev_size = 8
+        train, dev, val, test = maoal.split_ratings(args, ratings, torch.Generator().manual_seed(0))
+        parts = [part.images[:, 0].tolist() for part in (train, dev, val, test) if part is not None]
+        assert sorted(i for part in parts for i in part) == list(range(108)), "each rating in one part"
+        sizes[preset, method] = [len(part or []) for part in (train, dev, val, test)]
+        if preset == "published-code":
+            assert len(set(dev.images[:, 2].tolist())) == 8, "one rating of each user"
+    assert sizes["paper", "maoal"] == [87, 8, 3, 10] and sizes["published-code", "maoal"] == [79, 8, 11, 10]
+    assert sizes["paper", "single"] == [95, 0, 3, 10], "a method without D_dev trains on it"
+
+
+def test_movielens_says_what_is_wrong(tmp_path, capsys, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(maoal.torchvision.datasets.utils, "download_and_extract_archive", no_network)
+    root = tmp_path / "data"
+    flags = ["--dataset", "movielens-1m", "--data-root", str(root), "--out-dir", str(tmp_path / "runs"), "--device", "cpu"]
+    assert "ratings.dat, users.dat and movies.dat" in refused(capsys, *flags) and not (tmp_path / "runs").exists()
+    write_movielens(root)
+    assert "too few" in refused(capsys, *flags)
+    with (root / "ml-1m" / "ratings.dat").open("a") as file:
+        file.write("999::2::5::1\n")
+    assert "ratings.dat" in refused(capsys, *flags)
+
+
+def refused(capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        maoal.main([str(a) for a in arguments])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1, error
+    return error
+
+
+@pytest.mark.parametrize("method", ["maoal", "equal", "uncertainty", "gcs", "auxl", "single"])
+def test_ratings_train_with_every_method(tmp_path, method):
+    write_movielens(tmp_path)
+    dev = ["--dev-size", "4"] if method in ("maoal", "auxl") else []
+    flags = ["--dataset", "movielens-1m", "--data-root", str(tmp_path), "--keep-threes", "--batch-size", "16", "--epochs", "3"]
+    flags += dev
+    args = maoal.parse_args(flags)
+    if not dev:  # its usual 512 would be the whole validation part
+        write_movielens(tmp_path / "more", users=40, movies=200)
+        flags[3] = str(tmp_path / "more")
+    summary = maoal.main([*flags, "--method", method, "--device", "cpu", "--out-dir", str(tmp_path / "runs")])
+    history = [json.loads(line) for line in (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()]
+    assert summary["best_test_rmse"] == min(line["test_rmse"] for line in history)
+    assert summary["best_val_rmse"] == min(line["val_rmse"] for line in history) and history[-1]["loss"] < history[0]["loss"]
+    assert args.optimizer == "adam" and args.lr == 1e-3
+
+
+def test_rating_batches_are_shuffled_whole_and_the_last_is_kept_for_testing():
+    split = Split(torch.arange(10)[:, None].expand(10, 6), torch.arange(10).float())
+    shell = ImageSet("movielens-1m", [], split, split)
+    options = {"image_set": shell, "device": torch.device("cpu"), "batch_size": 4}
+    test = list(maoal.rating_loader(split, train=False, **options))
+    assert [len(y) for _, y, _ in test] == [4, 4, 2] and torch.equal(torch.cat([x for x, _, _ in test]), split.images.float())
+    train = list(maoal.rating_loader(split, train=True, generator=torch.Generator().manual_seed(0), **options))
+    assert [len(y) for _, y, _ in train] == [4, 4] and all(torch.equal(x[:, 0], y) for x, y, _ in train)
+
+
+def test_people_is_eleven_tasks_of_five_classes(tmp_path):
+    from test_common import COARSE_OF_FINE, write_cifar100
+
+    write_cifar100(tmp_path, per_class=10)
+    args = maoal.parse_args(["--data-root", str(tmp_path)])
+    image_set, trains, classes, tasks = maoal.load_images(args)
+    assert classes == [5] * 11 and tasks == [f"coarse{c}" for c in range(10)] and len(trains) == 11
+    assert all(len(split) == 50 and split.labels.bincount().tolist() == [10] * 5 for split in trains)
+    fine = [f for f in range(100) if COARSE_OF_FINE[f] == 14]
+    whole = maoal.load_image_set("cifar100-20", tmp_path).test
+    for label, f in enumerate(fine):  # numbered in the order of the fine classes
+        assert torch.equal(image_set.test.images[image_set.test.labels == label], whole.images[whole.auxiliary == f])
+
+
+def test_cub_takes_the_surest_wing_colour_and_bill_shape(tmp_path):
+    from test_common import write_cub
+
+    write_cub(tmp_path)
+    image_set, (train,), classes, tasks = maoal.load_images(maoal.parse_args(["--dataset", "cub200", "--no-pretrained",
+                                                                             "--data-root", str(tmp_path)]))
+    assert classes == [2, 15, 9] and tasks == ["wing colour", "bill shape"]
+    present, certainty = maoal.load_cub200_attributes(tmp_path)
+    for n in range(len(image_set.train)):
+        for k, numbers in enumerate((range(10, 25), range(1, 10))):  # attribute ids of the data set, from 1
+            sure = {a - numbers[0]: int(certainty[n, a - 1]) for a in numbers if present[n, a - 1]}
+            label = int(train.auxiliary[n, k])
+            assert label == -1 if not sure else sure[label] == max(sure.values())
+
+
+def test_rotated_images_and_their_labels():
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    args = maoal.parse_args(["--dataset", "cifar10"])
+    loader = [(images.float(), torch.zeros(40, dtype=torch.long), torch.arange(40))]
+    batches = maoal.endless_batches(args, [loader], None)
+    for _ in range(2):  # the loader is begun again
+        (x, _), (turned, turns) = next(batches)
+        assert set(turns.tolist()) == {0, 1, 2, 3}
+        for image, other, k in zip(x, turned, turns.tolist(), strict=True):
+            for _ in range(k):  # by hand: a quarter turn sends row r, column c to row S - 1 - c, column r
+                image = torch.stack([image[:, :, image.shape[2] - 1 - r] for r in range(image.shape[2])], dim=1)
+            assert torch.equal(image, other)
+
+
+def test_development_validation_and_unlabelled_images():
+    args = maoal.parse_args(["--dataset", "synthetic", "--label-fraction", "0.2", "--dev-size", "40"])
+    _, (train,), dev, val, _, _ = maoal.load_data(args)
+    assert [len(train), len(dev), len(val)] == [860, 40, 100]
+    assert abs(int((train.labels >= 0).sum()) - 172) <= 4 and (train.auxiliary >= 0).all() and (dev.labels >= 0).all()
+    seen = {image.numpy().tobytes() for part in (train, dev, val) for image in part.images}
+    assert len(seen) == 1000, "no image is in two of them"
+    _, (train,), dev, _, _, _ = maoal.load_data(maoal.parse_args(["--dataset", "synthetic", "--method", "equal"]))
+    assert len(train) == 900 and dev is None, "methods without D_dev train on it"
+
+
+# ---------------------------------------- The command line's own features ----------------------------------------
+
+TINY = ["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--device", "cpu", "--max-steps", "4", "--lower-steps", "2"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs maoal.py with a few more flags; returns its folder and its metrics."""
+    monkeypatch.chdir(Path(maoal.__file__).parent)
+
+    def runner(*flags, name="run"):
+        folder = Path(maoal.main([*TINY, "--out-dir", str(tmp_path / name), *map(str, flags)])["folder"])
+        return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return runner
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "equal"], ["--method", "gcs"], ["--method", "uncertainty"], ["--method", "single"], ["--method", "auxl"],
+    ["--preset", "published-code"], ["--partition", "parameter"], ["--partition", "model"], ["--lower-steps", 4],
+    ["--look-back", 1], ["--mean-auxiliary"], ["--hypergrad-lr", 1], ["--clip", 1e-6], ["--upper-optimizer", "sgd"],
+    ["--upper-optimizer", "momentum"],
+    ["--upper-lr", 0.1], ["--upper-weight-decay", 0.1], ["--dev-size", 20], ["--label-fraction", 0.5], ["--train-fraction", 0.5],
+    ["--batch-size", 20],
+    ["--optimizer", "adam", "--lr", 1e-3], ["--optimizer", "adamw", "--lr", 1e-3], ["--lr", 0.01],
+    ["--momentum", 0], ["--weight-decay", 0], ["--seed", 1], ["--workers", 0],
+], ids=lambda flags: " ".join(map(str, flags)))  # fmt: skip
+def test_every_flag_changes_what_it_says(run, flags):
+    _, plain = run(name="plain")
+    _, metrics = run(*flags)
+    assert math.isfinite(metrics[-1]["loss"])
+    same = all(metrics[-1].get(k) == plain[-1].get(k) for k in ("loss", "importance"))
+    assert same == (flags[0] == "--workers"), (metrics, plain)
+
+
+def test_relu_importance_matters_once_an_entry_is_negative(run):
+    flags = ["--upper-optimizer", "adam", "--upper-lr", 2, "--epochs", 3]
+    _, raw = run(*flags, name="raw")
+    _, relu = run(*flags, "--relu-importance", name="relu")
+    negative = [v for line in (raw, relu) for row in line[-1]["importance"].values() for v in row.values()]
+    assert min(negative) < 0 and raw[-1]["loss"] != relu[-1]["loss"]
+
+
+def test_upper_steps_come_after_every_t_lower_ones_with_the_current_rate(run, monkeypatch):
+    order, lower, upper, gradient = [], maoal.lower_step, maoal.upper_step, maoal.importance_gradient
+    monkeypatch.setattr(maoal, "lower_step", lambda *a: (order.append("l"), lower(*a))[1])
+    monkeypatch.setattr(maoal, "upper_step", lambda *a: (order.append("u"), upper(*a))[1])
+    rates = []
+    monkeypatch.setattr(maoal, "importance_gradient", lambda *a, lr, **k: (rates.append(lr), gradient(*a, lr=lr, **k))[1])
+    _, metrics = run("--epochs", 3, "--lower-steps", 3)
+    assert "".join(order) == "lllulllulllulllu", "the counter spans epochs of four steps"
+    cosine = [0.05 * (1 + math.cos(math.pi * e / 3)) for e in range(3)]
+    assert [round(line["lr"], 9) for line in metrics] == [round(rate, 9) for rate in cosine]
+    assert [round(rate, 9) for rate in rates] == [round(cosine[e], 9) for e in (0, 1, 2, 2)]
+    run("--hypergrad-lr", 0.5, name="fixed")
+    assert rates[-1] == 0.5
+
+
+def test_the_best_model_is_chosen_by_validation_every_few_loops(run, monkeypatch):
+    """Scores made up: the best is the second validation, after the second loop of the first epoch."""
+    scores, kept, original = iter([10.0, 50.0, 30.0, 1.0, 40.0, 50.0, 2.0, 33.0]), [], maoal.evaluate
+
+    def evaluate(network, loader):
+        original(network, loader)
+        return torch.tensor(next(scores))
+
+    def keep_best(best, network, performance, epoch):
+        kept.append((float(performance), epoch))
+        if performance == 50 and len(kept) == 2:
+            wanted.append(copy.deepcopy(network.state_dict()))
+        keep(best, network, performance, epoch)
+
+    wanted, keep = [], maoal.keep_best
+    monkeypatch.setattr(maoal, "evaluate", evaluate)
+    monkeypatch.setattr(maoal, "keep_best", keep_best)
+    folder, _ = run("--interval", 1, "--max-steps", 4, "--epochs", 2)
+    assert kept == [(10, 1), (50, 1), (30, 1), (40, 2), (50, 2), (2, 2)] or [e for _, e in kept] == [1, 1, 1, 2, 2, 2]
+    state = torch.load(folder / "last.pt", weights_only=True)["best"]
+    assert state["record"].tolist() == [50, 1], "a tie keeps the earlier one"
+    assert all(torch.equal(value, state[name]) for name, value in wanted[0].items())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["best_val_accuracy"] == 50 and summary["best_validation_epoch"] == 1
+    assert summary["test_accuracy_of_best_validation"] == 33
+
+
+def test_seeds_are_summed_up_for_the_model_that_validation_chose(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(maoal.__file__).parent)
+    summary = maoal.main([*TINY, "--method", "single", "--out-dir", str(tmp_path), "--seeds", "0", "1"])
+    values = [run["test_accuracy_of_best_validation"] for run in summary["runs"]]
+    assert summary["test_accuracy_of_best_validation"] == sum(values) / 2 and len(summary["runs"]) == 2
+
+
+def test_the_importance_is_printed_logged_and_drawn(run, capsys):
+    folder, metrics = run("--epochs", 2)
+    printed = capsys.readouterr().out
+    (row,) = metrics[-1]["importance"].values()
+    assert list(row) == ["2"] and f"fine classes {row['2']:.3f}" in printed and row["2"] != 1
+    pytest.importorskip("matplotlib", reason="matplotlib is optional")
+    run("--epochs", 2, "--resume", "--plot")
+    assert (folder / "importance.png").stat().st_size > 5000
+
+
+def test_presets_are_the_papers_and_the_published_codes():
+    names = "relu_importance mean_auxiliary hypergrad_lr clip upper_optimizer upper_lr upper_weight_decay dev_from".split()
+
+    def values(*flags):
+        args = maoal.parse_args(list(flags))
+        return [getattr(args, name) for name in names]
+
+    code, ratings = ["--preset", "published-code"], ["--dataset", "movielens-1m"]
+    assert values() == values(*ratings) == [False, False, None, 0, "adam", 0.01, 0, "validation"]
+    assert values(*code) == [True, True, 1, 10, "adam", 0.01, 5e-4, "validation"]
+    assert values(*code, *ratings) == [True, False, 1, 10, "momentum", 1e-3, 0, "train"]
+    assert values(*code, "--no-relu-importance", "--clip", "0")[:4] == [False, True, 1, 0], "a flag of one's own counts"
+    assert values("--method", "auxl")[2:7] == [1e-4, 10, "momentum", 1e-3, 5e-4]
+    settings = {"cifar100-people": ("resnet18-cifar", False, 200, 32, "sgd", 0.1, 10),
+                "cifar10": ("convnet4", False, 200, 32, "sgd", 0.1, 10),
+                "oxford-pet": ("resnet18", False, 100, 64, "adam", 1e-4, 20),
+                "cub200": ("resnet18", True, 100, 64, "adam", 1e-4, 20),
+                "movielens-1m": ("resnet18", False, 15, 256, "adam", 1e-3, 20)}  # fmt: skip
+    for dataset, expected in settings.items():
+        a = maoal.parse_args(["--dataset", dataset])
+        assert (a.backbone, a.pretrained, a.epochs, a.batch_size, a.optimizer, a.lr, a.lower_steps) == expected
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--method", "equal", "--look-back", "1"], "--look-back is not for --method equal"),
+    (["--method", "auxl", "--partition", "model"], "--partition is not for --method auxl"),
+    (["--method", "single", "--preset", "published-code"], "--preset is not for --method single"),
+    (["--l2-weight", "0.1"], "--l2-weight is not for --dataset synthetic"),
+    (["--keep-threes"], "--keep-threes is not for --dataset synthetic"),
+    (["--dataset", "movielens-1m", "--backbone", "resnet18"], "--backbone is not for --dataset movielens-1m"),
+    (["--optimizer", "adam", "--momentum", "0.5"], "--momentum is not for --optimizer adam"),
+    (["--dataset", "movielens-20m"], "movielens-1m"),
+    (["--method", "hpo"], "choose from"),
+    (["--label-fraction", "0"], "'0'"),
+    (["--dev-size", "5000"], "training on"),
+    (["--image-size", "64"], "fixed at 32"),
+])  # fmt: skip
+def test_wrong_combinations(capsys, tmp_path, flags, said, monkeypatch):
+    monkeypatch.chdir(Path(maoal.__file__).parent)
+    base = [] if "movielens-1m" in flags else TINY
+    assert said in refused(capsys, *base, "--out-dir", tmp_path, *flags)
+
+
+# ---------------------------------------- Real data ----------------------------------------
+
+
+@pytest.mark.parametrize("flags", [
+    ["--backbone", "convnet4", "--max-steps", "2", "--lower-steps", "2"],
+    ["--dataset", "cifar100-100", "--train-fraction", "0.02", "--label-fraction", "0.2", "--max-steps", "2", "--lower-steps", "2"],
+    ["--dataset", "oxford-pet", "--image-size", "64", "--batch-size", "8", "--workers", "0",
+     "--max-steps", "2", "--lower-steps", "1"],
+], ids=["people", "cifar100-100", "oxford-pet"])  # fmt: skip
+def test_real_data(real_data, tmp_path, flags):
+    summary = maoal.main(["--data-root", real_data, "--out-dir", str(tmp_path), "--device", "cpu", *flags])
+    (line,) = (json.loads(line) for line in (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines())
+    tasks = 10 if "--dataset" not in flags else 1
+    assert len(line["importance"]) == tasks and any(v != 1 for row in line["importance"].values() for v in row.values())

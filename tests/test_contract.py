@@ -51,6 +51,9 @@ SCRIPTS = {
         "test_error", min, "omniglot", ("mnist", "MNIST", "train-images-idx3-ubyte"),
         [[], ["--method", "parallel"], ["--method", "permuted"], ["--method", "single"], ["--dropout", "0.5", "--identity-layer"],
          ["--dataset", "random", "--samples", "20"]]),
+    "maoal": Facts([*IMAGES, "--max-steps", "3", "--lower-steps", "2"], ["network", "learned"], "lower_step", reads=[
+        [], ["--method", "auxl"], ["--method", "uncertainty"], ["--method", "gcs"], ["--method", "single"], ["--interval", "1"],
+        ["--partition", "parameter"], ["--preset", "published-code"]]),
 }  # fmt: skip
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]

@@ -45,7 +45,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from torchvision.io import ImageReadMode, read_image
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 from common import SCENE_SETS, InputError, SceneLoader, SceneSet, SceneSplit, build_backbone, load_scene_set, reading
@@ -293,7 +294,7 @@ def angle_histogram(prediction, normals, encoded: bool = False):
 
 def normal_metrics(histogram) -> dict:
     """From an angle_histogram: mean, median and rmse in degrees, right to 0.005, and percent of pixels within thresholds."""
-    n, centres = histogram.sum().clamp(min=1), (torch.arange(18001, device=histogram.device) + 0.5).double() / 100
+    n, centres = histogram.sum().clamp(min=1).double(), (torch.arange(18001, device=histogram.device) + 0.5).double() / 100
     moments = [float((histogram * centres**power).sum() / n) for power in (1, 2)]
     median = float(centres[(histogram.cumsum(0) * 2 < n).sum().clamp(max=18000)])
     within = {f"within_{t:g}": 100 * float(histogram[: round(100 * t)].sum() / n) for t in (11.25, 22.5, 30, 45)}
@@ -468,8 +469,8 @@ def load_nyuv2_40(root: Path) -> SceneSet:
         if not (names := sorted(path.name for path in (folder / "image").glob("*.png"))):
             raise InputError(f"nyuv2-40: no {folder}/image/*.png; put nyuv2-40/{{train,test}}/{{image,label,normal}} into {root}")
         for kind, name in itertools.product(fields, names):
-            with reading(path := folder / kind / name):
-                pixels = read_image(str(path), ImageReadMode.UNCHANGED if kind == "label" else ImageReadMode.RGB)  # (1 or 3, H, W)
+            with reading(path := folder / kind / name), Image.open(path) as file:
+                pixels = pil_to_tensor(file if kind == "label" else file.convert("RGB"))  # (1 or 3, H, W)
                 if pixels.shape[1:] != (fields["image"] or [pixels])[0].shape[1:]:
                     raise ValueError(f"its size {tuple(pixels.shape[1:])} is not that of the others")
                 if kind == "label" and (len(pixels) > 1 or ((pixels >= 40) & (pixels < 255)).any()):
@@ -533,7 +534,7 @@ def index_batches(n: int, batch_size: int, halves: bool, seed: int, first: int, 
     for iteration in itertools.count(first):
         number_of_pass, place = divmod(iteration, per_pass)
         if place == 0 or iteration == first:
-            draw = torch.Generator(device).manual_seed(seed + 2**33 * (number_of_pass + 1))
+            draw = torch.Generator(device).manual_seed((seed + 1000003 * (number_of_pass + 1)) % 2**32)
             order = torch.randperm(n, generator=draw, device=device)
         yield order[place * batch_size :][:batch_size], order[n // 2 + place * batch_size :][:batch_size]
 
@@ -605,8 +606,7 @@ def train(args) -> dict:
              "gate_generator": gate_generator} | ({"arch_optimizer": arch_optimizer} if arch_optimizer else {})  # fmt: skip
     folder = open_run(args, device)
     history = load_checkpoint(folder, state)
-    hardware = "CUDA with TF32" if device.type == "cuda" else "CPU"
-    print(f"{args.method} on {args.dataset}: {n} training scenes, {args.max_steps} iterations, {hardware}, seed {args.seed}")
+    print(f"{args.method} on {args.dataset}: {args.max_steps} iterations, {'CUDA with TF32' if device.type == 'cuda' else 'CPU'}")
 
     indices = index_batches(n, args.batch_size, halves, args.seed, scheduler.last_epoch, device)
     for epoch in range(len(history), args.epochs):

@@ -86,7 +86,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max-steps", type=count, metavar="N", help="iterations in all")
     add("--batch-size", type=number(int, 2), default=10, metavar="N", help="images a step")
     add("--lr", type=rate, default=1e-3, metavar="F", help="learning rate of the trunks; 10 and 20 times that for the last layers")
-    add("--arch-lr", type=rate, default=1e-3, metavar="F", help="learning rate of alpha's Adam, constant")
+    add("--arch-lr", type=rate, metavar="F", help="rate of alpha's Adam, constant (default: 1e-3; synthetic-scenes 0.05)")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=seed, default=0, metavar="N", help="of the networks, the batches, the crops, the gates and the random graph")
     add("--seeds", type=seed, nargs="+", metavar="N", help="run these one after another; print mean and 95 %% interval")
@@ -105,7 +105,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.pretrained and not is_vgg:
         p.error("--pretrained is for --width 64 and --depth 2 2 3 3 3, VGG-16's")
     args.pretrained = is_vgg and not synthetic if args.pretrained is None else args.pretrained
-    args.weight_relaxation = args.weight_relaxation or args.relaxation
+    args.weight_relaxation, args.arch_lr = args.weight_relaxation or args.relaxation, args.arch_lr or (0.05 if synthetic else 1e-3)
     args.fusion_init = args.fusion_init or ("1,0" if args.method in ("mtl-nas", "random-search") else "0.9,0.1")
     args.epoch_steps = args.epoch_steps or (50 if synthetic else 500)
     steps = args.epoch_steps * args.epochs if args.epochs else args.max_steps or args.epoch_steps * (4 if synthetic else 40)

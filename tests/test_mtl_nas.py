@@ -579,7 +579,7 @@ def test_optimizers_hold_every_parameter_once_in_its_group():
     assert len(set.union(*groups)) == len(list(network.parameters()))
     assert groups[1] == {id(head[-1].weight) for head in network.heads} and groups[4] == {id(a) for a in network.alpha}
     assert all(g["momentum"] == 0.9 and g["weight_decay"] == 2.5e-4 for g in optimizer.param_groups)
-    assert (adam.param_groups[0]["betas"], adam.param_groups[0]["weight_decay"], adam.defaults["lr"]) == ((0.5, 0.999), 1e-3, 1e-3)
+    assert (adam.param_groups[0]["betas"], adam.param_groups[0]["weight_decay"], adam.defaults["lr"]) == ((0.5, 0.999), 1e-3, 0.05)
 
 
 def test_alphas_rest_where_entropy_and_decay_balance():
@@ -684,7 +684,7 @@ def test_defaults_are_the_papers():
     steps = [mtl_nas.parse_args(flags.split()) for flags in ("--max-steps 1200", "--epochs 3", "--epochs 3 --max-steps 700")]
     assert [(a.epochs, a.max_steps) for a in steps] == [(3, 1200), (3, 1500), (2, 700)]
     small = mtl_nas.parse_args(["--dataset", "synthetic-scenes"])
-    assert (small.crop, small.width, small.pretrained) == (48, 8, False)
+    assert (small.crop, small.width, small.pretrained, small.arch_lr, small.max_steps) == (48, 8, False, 0.05, 200)
 
 
 def test_a_last_short_epoch_is_run(run):

@@ -495,6 +495,110 @@ def test_a_run_on_the_40_class_layout_and_its_errors(tmp_path, capsys):
     refused(tmp_path, str(label))
 
 
+# ---------------------------------------- The claim ----------------------------------------
+
+
+class Sees(nn.Module):
+    """The one channel of the image that a network is shown; `late` is another one, for a later stage."""
+
+    def __init__(self, channel):
+        super().__init__()
+        self.channel = channel
+
+    def forward(self, x):
+        self.late = x[:, 1:2] / 50
+        return x[:, self.channel : self.channel + 1]
+
+
+class SeesLate(nn.Module):
+    def __init__(self, layer, first):
+        super().__init__()
+        self.layer, self.first = layer, [first]  # in a list: not a part of this module
+
+    def forward(self, o):
+        return self.layer(torch.cat([o, self.first[0].late], dim=1))
+
+
+class Noise(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, h):
+        return h + self.scale * torch.randn_like(h)
+
+
+def pair_of_tasks(n, generator):
+    """Three independent smooth fields as an image's channels: A's classes are the first's sign, B's normals lean with the
+    second and the third."""
+    f = F.interpolate(torch.randn(n, 3, 4, 4, generator=generator), size=8, mode="bilinear", align_corners=True)
+    normals = F.normalize(torch.stack([1.5 * f[:, 1], 1.5 * f[:, 2], torch.ones_like(f[:, 0])], dim=1), dim=1)
+    return (0.3 * f + 0.5).clamp(0, 1), (f[:, 0] > 0).long(), normals
+
+
+def warmed_up(seed):
+    """One block of three stages, six edges each way. A sees the first channel, and its last stage alone the second one, which B
+    needs; B sees the third. A's first two stages carry fresh noise of their own features' size, B's half of that. As in
+    the paper the networks are trained before the search: 200 steps with all gates at 1/2."""
+    torch.manual_seed(seed)
+    g = torch.Generator().manual_seed(seed)
+    network = mtl_nas.Supernet(2, 8, (3,), init=(0.5, 0.5))
+    a, b = network.trunks
+    a[0] = nn.Sequential(Sees(0), mtl_nas.conv_bn(1, 8), Noise(1.0))
+    a[1], a[2] = nn.Sequential(a[1], Noise(1.0)), SeesLate(mtl_nas.conv_bn(9, 8), a[0][0])
+    b[0] = nn.Sequential(Sees(2), mtl_nas.conv_bn(1, 8), Noise(0.5))
+    b[1], b[2] = nn.Sequential(b[1], Noise(0.5)), nn.Sequential(b[2], Noise(0.5))
+    for k, out in enumerate((2, 3)):
+        network.heads[k] = nn.Sequential(*[nn.Identity()] * 4, nn.Conv2d(8, out, 1))
+    args = mtl_nas.parse_args("--lr 0.01 --fusion-lr-scale 0 --arch-lr 0.03 --max-steps 200".split())
+    optimizer, *_ = mtl_nas.build_optimizers(args, network)
+    halves = [torch.full((6,), 0.5)] * 2
+    for _ in range(200):
+        mtl_nas.weight_step(network, optimizer, *pair_of_tasks(12, g), gates=halves)
+    return network, args, g
+
+
+def search(network, args, g, entropy_weight):
+    """The paper's loop from there on; the probabilities of A's and B's incoming edges, and the test losses of the relaxed and
+    of the discretised network."""
+    optimizer, scheduler, adam = mtl_nas.build_optimizers(args, network)
+    for s in range(200):
+        temperature = (1 - s / 201) ** 2
+        mtl_nas.architecture_step(network, adam, *pair_of_tasks(12, g), relaxation="stochastic", temperature=temperature,
+                                  entropy_weight=entropy_weight, generator=g)  # fmt: skip
+        gates = [mtl_nas.gate(alpha.detach(), "stochastic", temperature, g) for alpha in network.alpha]
+        mtl_nas.weight_step(network, optimizer, *pair_of_tasks(12, g), gates=gates)
+        scheduler.step()
+    network.eval()
+    x, *labels = pair_of_tasks(200, torch.Generator().manual_seed(99))
+    hard, losses = [mtl_nas.discretize(alpha, "deterministic").tolist() for alpha in network.alpha], []
+    with torch.no_grad():
+        for gates in ([alpha.sigmoid() for alpha in network.alpha], hard):
+            torch.manual_seed(0)  # the same noise
+            losses.append(float(mtl_nas.task_losses(*network(x, gates), *labels)[0]))
+    return [alpha.detach().sigmoid() for alpha in network.alpha], losses
+
+
+def test_the_claim_gates_close_on_noise_and_open_on_information_and_entropy_decides_them():
+    """With --arch-lr 0.03 for 1e-3, 200 steps, and the entropy's weight per edge as in the paper, 2.5 / 12 = 10 / 48. Fusion
+    weights stand still (--fusion-lr-scale 0): where they learn, they silence noise themselves, and such an edge may end on or
+    off. So it may here for the edges into A, whose loss has a twentieth of the weight of B's; they count only in the number."""
+    edges = mtl_nas.candidate_edges((3,))
+    for seed in range(2):
+        network, args, g = warmed_up(seed)
+        if seed == 0:
+            undecided = torch.cat(search(copy.deepcopy(network), args, torch.Generator().manual_seed(5), 0.0)[0])
+        (into_a, into_b), (relaxed, discretised) = search(network, args, g, 2.5)
+        p = torch.cat([into_a, into_b])
+        print(f"seed {seed}: into A {into_a}, into B {into_b}, loss {relaxed:.3f}, discretised {discretised:.3f}")
+        assert torch.minimum(p, 1 - p).max() < 0.05, "all decided"
+        assert abs(discretised - relaxed) < max(0.02, 0.02 * relaxed)
+        assert {edge for edge, q in zip(edges, into_b, strict=True) if q > 0.5} == {(2, 2)}, "the informative one alone"
+        assert (p > 0.5).sum() <= len(p) / 2
+    print(f"without the entropy term: {undecided}")
+    assert (torch.minimum(undecided, 1 - undecided) > 0.05).sum() >= 6
+
+
 # ---------------------------------------- A run ----------------------------------------
 
 

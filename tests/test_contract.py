@@ -36,6 +36,7 @@ class Facts(NamedTuple):
     missing: tuple[str, str, str] = ("cifar100-20", "CIFAR100", "cifar-100-python.tar.gz")  # data set, torchvision's, what to put
     reads: Sequence[list[str]] = ([],)  # flags of the runs whose reads from the device are counted
     lines: int = 700  # at most so many; auxilearn.py holds two methods
+    downloads: bool = True  # whether that missing set is one that would be downloaded
 
 
 SCRIPTS = {
@@ -54,6 +55,12 @@ SCRIPTS = {
     "maoal": Facts([*IMAGES, "--max-steps", "3", "--lower-steps", "2"], ["network", "learned"], "lower_step", reads=[
         [], ["--method", "auxl"], ["--method", "uncertainty"], ["--method", "gcs"], ["--method", "single"], ["--interval", "1"],
         ["--partition", "parameter"], ["--preset", "published-code"]]),
+    "mtl_nas": Facts(
+        ["--dataset", "synthetic-scenes", "--crop", "16", "--width", "2", "--depth", "1", "1", "1", "1", "1", "--epochs", "2",
+         "--epoch-steps", "3"], ["network"], step="weight_step", steps_flag="--epoch-steps", metric="test_miou",
+        unknown="synthetic-scenes", missing=("nyuv2", "CIFAR100", "nyuv2/{train,val}"), downloads=False, reads=[
+            [], ["--relaxation", "deterministic", "--discretization", "deterministic"], ["--method", "supernet"],
+            ["--method", "nddr"], ["--method", "multi-task"], ["--method", "single"]]),
 }  # fmt: skip
 PLUMBING = ["fail", "number", "choose_device", "run_folder", "open_run", "write_text", "save_checkpoint", "load_checkpoint",
             "log_epoch", "peak_memory_mib", "summarize", "run_seeds", "plot"]
@@ -79,6 +86,8 @@ def has_flags(script, arguments) -> bool:
     """Whether these arguments make sense for the script: it has the flag, and reads image folders where one is named."""
     if arguments[1:] == ["folder:/nowhere"]:
         arguments = ["--image-size"]
+    if arguments == ["--pretrained"]:  # of a backbone that has no weights
+        arguments = ["--backbone"]
     return arguments[0] in ("--no-such-flag", "--epoch") or hasattr(script.parse_args([]), arguments[0][2:].replace("-", "_"))
 
 
@@ -425,7 +434,7 @@ def test_missing_data_says_which_files_go_where(script, tmp_path, capsys, monkey
     dataset, downloaded, wanted = facts(script).missing
     monkeypatch.setattr(torchvision.datasets, downloaded, no_network)
     line = refuses(script, capsys, "--dataset", dataset, "--data-root", tmp_path / "data", "--out-dir", tmp_path / "runs")
-    assert wanted in line and str(tmp_path / "data") in line and "no network" in line
+    assert wanted in line and str(tmp_path / "data") in line and ("no network" in line) == facts(script).downloads
 
 
 def test_a_run_is_never_overwritten(script, tmp_path, capsys):

@@ -538,8 +538,8 @@ def test_ratings_train_with_every_method(tmp_path, method):
     flags += dev
     args = maoal.parse_args(flags)
     if not dev:  # its usual 512 would be the whole validation part
-        write_movielens(tmp_path / "more", users=40, movies=200)
-        flags[3] = str(tmp_path / "more")
+        write_movielens(tmp_path / "more", users=40, movies=140)
+        flags[3], flags[6] = str(tmp_path / "more"), "128"
     summary = maoal.main([*flags, "--method", method, "--device", "cpu", "--out-dir", str(tmp_path / "runs")])
     history = [json.loads(line) for line in (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()]
     assert summary["best_test_rmse"] == min(line["test_rmse"] for line in history)

@@ -233,10 +233,9 @@ def module_weighted_gradients(network, batches, modules, importance=None):
 
 def hessian_vector(loss_of, theta: dict, tangent: dict, phi: dict | None = None) -> dict:
     """d/de of the gradient of loss_of(theta + e t) with respect to theta (H t) or to phi, other tensors in it; no second graph."""
-    theta = theta if phi else {name: p.detach().requires_grad_() for name, p in theta.items()}
-    leaves = phi or theta
+    leaves = phi or {name: p.detach().requires_grad_() for name, p in theta.items()}
     with forward_ad.dual_level():
-        moving = {name: forward_ad.make_dual(p, tangent[name]) for name, p in theta.items()}
+        moving = {name: forward_ad.make_dual(p, tangent[name]) for name, p in (theta if phi else leaves).items()}
         gradients = torch.autograd.grad(loss_of(moving), list(leaves.values()), materialize_grads=True)
         products = [forward_ad.unpack_dual(g).tangent for g in gradients]
     return {name: torch.zeros_like(p) if t is None else t for (name, p), t in zip(leaves.items(), products, strict=True)}
@@ -527,11 +526,12 @@ def load_data(args):
     size = args.dev_size or max(2, round(0.05 * len(train)))
     train, val = hold_out(train, 0.1, generator)
     if args.method in BILEVEL:
+        if size >= len(train):
+            raise InputError(f"a D_dev of {size} leaves nothing of {len(train)} training images")
         train, dev = hold_out(train, size / len(train), generator)
     labelled = stratified_subset(train.labels, args.label_fraction, generator)
     train.labels = torch.full_like(train.labels, -1).index_copy_(0, labelled, train.labels[labelled])
-    trains = [train] if args.method == "single" else [train, *others]
-    return image_set, trains, dev, val, classes, tasks
+    return image_set, [train, *others][: 1 if args.method == "single" else None], dev, val, classes, tasks
 
 def endless_batches(args, loaders, auxiliary):
     """The batches of lower and upper steps, K+1 for each, without end. loaders: of each task, or of all; auxiliary: (N, K)."""

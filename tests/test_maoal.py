@@ -458,7 +458,7 @@ def test_the_claim_harmful_losses_end_below_helpful_ones():
 def write_movielens(root: Path, stamps: bool = True, users: int = 12, movies: int = 9) -> list[tuple[int, int, int]]:
     """Files as ml-1m's, ids with gaps, a title with a letter outside ASCII; the ratings (user, movie, rating) they hold."""
     folder = root / "ml-1m"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = [(3 * u + 1, 5 * m + 2, 1 + (u * 7 + m * 3) % 5) for u in range(users) for m in range(movies)]
     end = "::978300760" if stamps else ""
     (folder / "ratings.dat").write_text("".join(f"{u}::{m}::{r}{end}\n" for u, m, r in rows))
@@ -538,8 +538,8 @@ def test_ratings_train_with_every_method(tmp_path, method):
     flags += dev
     args = maoal.parse_args(flags)
     if not dev:  # its usual 512 would be the whole validation part
-        write_movielens(tmp_path / "more", users=40, movies=200)
-        flags[3] = str(tmp_path / "more")
+        write_movielens(tmp_path / "more", users=40, movies=140)
+        flags[3], flags[6] = str(tmp_path / "more"), "128"
     summary = maoal.main([*flags, "--method", method, "--device", "cpu", "--out-dir", str(tmp_path / "runs")])
     history = [json.loads(line) for line in (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()]
     assert summary["best_test_rmse"] == min(line["test_rmse"] for line in history)
@@ -631,7 +631,7 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags", [
     ["--method", "equal"], ["--method", "gcs"], ["--method", "uncertainty"], ["--method", "single"], ["--method", "auxl"],
     ["--preset", "published-code"], ["--partition", "parameter"], ["--partition", "model"], ["--lower-steps", 4],
-    ["--look-back", 1], ["--mean-auxiliary"], ["--hypergrad-lr", 1], ["--clip", 1e-6], ["--upper-optimizer", "sgd"],
+    ["--look-back", 1], ["--hypergrad-lr", 1], ["--clip", 1e-6], ["--upper-optimizer", "sgd"],
     ["--upper-optimizer", "momentum"],
     ["--upper-lr", 0.1], ["--upper-weight-decay", 0.1], ["--dev-size", 20], ["--label-fraction", 0.5], ["--train-fraction", 0.5],
     ["--batch-size", 20],
@@ -644,14 +644,6 @@ def test_every_flag_changes_what_it_says(run, flags):
     assert math.isfinite(metrics[-1]["loss"])
     same = all(metrics[-1].get(k) == plain[-1].get(k) for k in ("loss", "importance"))
     assert same == (flags[0] == "--workers"), (metrics, plain)
-
-
-def test_relu_importance_matters_once_an_entry_is_negative(run):
-    flags = ["--upper-optimizer", "adam", "--upper-lr", 2, "--epochs", 3]
-    _, raw = run(*flags, name="raw")
-    _, relu = run(*flags, "--relu-importance", name="relu")
-    negative = [v for line in (raw, relu) for row in line[-1]["importance"].values() for v in row.values()]
-    assert min(negative) < 0 and raw[-1]["loss"] != relu[-1]["loss"]
 
 
 def test_upper_steps_come_after_every_t_lower_ones_with_the_current_rate(run, monkeypatch):
@@ -671,7 +663,7 @@ def test_upper_steps_come_after_every_t_lower_ones_with_the_current_rate(run, mo
 
 def test_the_best_model_is_chosen_by_validation_every_few_loops(run, monkeypatch):
     """Scores made up: the best is the second validation, after the second loop of the first epoch."""
-    scores, kept, original = iter([10.0, 50.0, 30.0, 1.0, 40.0, 50.0, 2.0, 33.0]), [], maoal.evaluate
+    scores, kept, original = iter([10.0, 50.0, 30.0, 1.0, 40.0, 50.0, 2.0, 3.0, 33.0]), [], maoal.evaluate
 
     def evaluate(network, loader):
         original(network, loader)
@@ -687,7 +679,7 @@ def test_the_best_model_is_chosen_by_validation_every_few_loops(run, monkeypatch
     monkeypatch.setattr(maoal, "evaluate", evaluate)
     monkeypatch.setattr(maoal, "keep_best", keep_best)
     folder, _ = run("--interval", 1, "--max-steps", 4, "--epochs", 2)
-    assert kept == [(10, 1), (50, 1), (30, 1), (40, 2), (50, 2), (2, 2)] or [e for _, e in kept] == [1, 1, 1, 2, 2, 2]
+    assert kept == [(10, 1), (50, 1), (30, 1), (40, 2), (50, 2), (2, 2)]
     state = torch.load(folder / "last.pt", weights_only=True)["best"]
     assert state["record"].tolist() == [50, 1], "a tie keeps the earlier one"
     assert all(torch.equal(value, state[name]) for name, value in wanted[0].items())
@@ -747,7 +739,7 @@ def test_presets_are_the_papers_and_the_published_codes():
     (["--dataset", "movielens-20m"], "movielens-1m"),
     (["--method", "hpo"], "choose from"),
     (["--label-fraction", "0"], "'0'"),
-    (["--dev-size", "5000"], "training on"),
+    (["--dev-size", "5000"], "leaves nothing"),
     (["--image-size", "64"], "fixed at 32"),
 ])  # fmt: skip
 def test_wrong_combinations(capsys, tmp_path, flags, said, monkeypatch):

@@ -803,7 +803,7 @@ def main(argv=None) -> dict:
         return run_seeds(args, train, "test_accuracy" if args.mode == "generate" else "test_miou")
     except ModuleNotFoundError as error:
         fail(f"this needs the package {error.name}: pip install {error.name}")
-    except (InputError, OSError) as error:
+    except (InputError, OSError, NotImplementedError) as error:  # the last: a layer without a rule for forward over reverse
         fail(error)
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)

@@ -583,6 +583,17 @@ def test_wrong_combinations_get_one_line(flags, said, tmp_path, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1 and said in error, error
 
 
+def test_a_backbone_without_a_second_derivative_in_forward_mode_gets_one_line(tmp_path, capsys):
+    (tmp_path / "net.py").write_text("import torch.nn as nn\ndef swish():\n    return nn.Sequential("
+                                     "nn.Flatten(), nn.Linear(3072, 8), nn.SiLU(), nn.Linear(8, 10))\n")  # fmt: skip
+    flags = ["--dataset", "synthetic", "--backbone", f"{tmp_path}/net.py:swish", "--max-steps", "5", "--out-dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        auxilearn.main(flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "silu" in error, error
+    auxilearn.main([*flags, "--method", "human"])
+
+
 def test_the_data_set_decides_the_defaults():
     pet, nyu, small = (auxilearn.parse_args(f.split()) for f in (
         "--dataset oxford-pet", "--mode combine", "--mode combine --dataset synthetic-scenes --lr 0.5 --epochs 7"))

@@ -332,7 +332,7 @@ def implicit_gradient(loss_lower, loss_upper, parameters, hyperparameters, *, ne
     """
     theta = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     device = next(iter(theta.values())).device
-    v = torch.autograd.grad(loss_upper(theta), list(theta.values()), materialize_grads=True)
+    v = [t.clone() for t in torch.autograd.grad(loss_upper(theta), list(theta.values()), materialize_grads=True)]
 
     def lower_at(tensors, tangents):
         """L_T and, in forward mode, its derivative along the tangents. Fused attention has no rule for that; the random state is
@@ -340,13 +340,15 @@ def implicit_gradient(loss_lower, loss_upper, parameters, hyperparameters, *, ne
         with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng([device] if device.type == "cuda" else []):
             return loss_lower({n: forward_ad.make_dual(p, t) for (n, p), t in zip(tensors.items(), tangents, strict=True)})
 
-    total = v  # p of (4)
+    total = [t.clone() for t in v]  # p of (4)
     for _ in range(neumann_steps):
         with forward_ad.dual_level():
             gradients = torch.autograd.grad(lower_at(theta, v), list(theta.values()), materialize_grads=True)
             products = [forward_ad.unpack_dual(grad).tangent for grad in gradients]  # H v
-        v = [t if hv is None else t - inner_lr * hv for t, hv in zip(v, products, strict=True)]
-        total = [a + b for a, b in zip(total, v, strict=True)]
+        del gradients  # three copies of W less at the peak, here and by working in place
+        for t, hv, p in zip(v, products, total, strict=True):
+            p.add_(t if hv is None else t.sub_(hv, alpha=inner_lr))
+        del products
     with forward_ad.dual_level():
         slope = forward_ad.unpack_dual(lower_at({n: p.detach() for n, p in theta.items()}, total)).tangent
     factor = -inner_lr if scale == "exact" else -1.0

@@ -20,7 +20,7 @@ of a small auxiliary set, along an implicit gradient with a truncated Neumann se
     python auxilearn.py --dataset cifar100-20                        WAMAL, Table 3: 80.33 %; not yet run here
 
 Departures from the paper's authors' code [C], which holds the Pet and NYU v2 experiments alone. The equations' numbers are ours.
-- (5) as published lacks (3)'s eta; clipping and the learning rate absorb it. Without the factor, J matters less, eta more.
+- (5) as published lacks (3)'s eta; clipping and the learning rate absorb it. eta stays at W's first rate, as in [C].
 - The upper step leaves batch norm's running statistics alone and is in full precision; in [C] its passes move them.
 - Masked classes are exactly 0 in (6); [C] gives each 1e-8 of the weight. W's rate changes at the usual epoch, in [C] one later.
 - The last epoch is reported; [C] selects one on a validation set of its own (Pet: 30 %, NYU v2: 79 of 795 images).

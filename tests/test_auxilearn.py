@@ -448,7 +448,7 @@ def test_the_auxiliary_set_is_held_out(flags, sizes):
 # ---------------------------------------- The claim ----------------------------------------
 
 
-def learned_weights(seed, steps=250, upper_targets="clean"):
+def learned_weights(seed, steps=150, upper_targets="clean"):
     """The linear combiner's weights of four losses of one small regression: the main one, on noisy targets; helpful, clean
     targets on the primary output; useless, independent noise on a head of its own; harmful, another sample's targets on the
     primary output. The auxiliary set's targets are clean, unless told."""

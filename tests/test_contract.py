@@ -46,7 +46,7 @@ SCRIPTS = {
         [], ["--held-out", "0.2"], ["--method", "maxl-first-order"], ["--method", "random"], ["--method", "single"],
         ["--same-iteration"], ["--no-mask"], ["--cosine-batches", "2"]]),
     "auxilearn": Facts([*IMAGES, "--max-steps", "3"], ["primary", "combiner", "label_network"],
-        step="lower_step", lines=814, reads=[[], ["--aux-set", "0"], ["--combiner", "nonlinear"]]),
+        step="lower_step", lines=816, reads=[[], ["--aux-set", "0"], ["--combiner", "nonlinear"]]),
     "soft_order": Facts(
         ["--dataset", "synthetic", "--epochs", "2", "--epoch-steps", "3"], ["network"], "training_step", "--epoch-steps",
         "test_error", min, "omniglot", ("mnist", "MNIST", "train-images-idx3-ubyte"),

@@ -557,6 +557,36 @@ def test_a_combine_run_resumes_bit_for_bit(tmp_path, few_scenes):
 # ---------------------------------------- The command line ----------------------------------------
 
 
+GENERATE = ["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--device", "cpu", "--max-steps", "6", "--epochs", "2"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "single"], ["--method", "human"], ["--method", "uncertainty"], ["--method", "gcs"],
+    ["--label-backbone", "convnet4"], ["--psi", 2], ["--combiner", "nonlinear"], ["--combiner", "nonlinear", "--hidden", 4],
+    ["--aux-set", 0], ["--upper-every", 2], ["--upper-batch-size", 7], ["--neumann-steps", 0], ["--inner-lr", 1e-4],
+    ["--hypergrad-scale", "exact"], ["--clip", 1e-3], ["--upper-lr", 0.5], ["--upper-weight-decay", 1.0], ["--amp", "bf16"],
+    ["--lr", 0.01], ["--momentum", 0.9], ["--weight-decay", 0.1], ["--schedule", "cosine"], ["--optimizer", "adam"],
+    ["--optimizer", "adamw"], ["--batch-size", 20], ["--train-fraction", 0.5], ["--workers", 0],
+], ids=lambda flags: " ".join(map(str, flags)))  # fmt: skip
+def test_every_flag_changes_what_it_says(flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(auxilearn.__file__).parent)
+    last = []
+    for name, more in (("plain", flags[:2] if "--hidden" in flags else []), ("changed", flags)):
+        folder = Path(auxilearn.main([*GENERATE, *map(str, more), "--out-dir", str(tmp_path / name)])["folder"])
+        last.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]))
+    assert math.isfinite(last[1]["loss"])
+    same = all(last[0].get(k) == last[1].get(k) for k in ("loss", "test_loss", "hypergradient_norm"))
+    assert same == (flags[0] == "--workers")
+
+
+@pytest.mark.parametrize("flags", [["--levels", 4], ["--width", 3], ["--combiner", "nonlinear"]], ids=lambda flags: flags[0])
+def test_combine_s_flags_change_what_they_say(flags, tmp_path, few_scenes):
+    losses = [auxilearn.main([*few_scenes, "--max-steps", "2", *map(str, more), "--out-dir", str(tmp_path / name)])
+              for name, more in (("plain", []), ("changed", flags))]
+    lines = [json.loads((Path(run["folder"]) / "metrics.jsonl").read_text()) for run in losses]
+    assert lines[0]["loss"] != lines[1]["loss"]
+
+
 @pytest.mark.parametrize("flags, said", [
     (["--mode", "combine", "--dataset", "cifar10"], "synthetic-scenes, nyuv2"),
     (["--dataset", "nyuv2"], "cifar100-20"),

@@ -12,7 +12,7 @@ they are, with the edges that are on. With h_i^A the features of stage i of A be
     (5)  evaluation: c = [alpha > 0], deterministic; c ~ Bernoulli(sigmoid(alpha)), stochastic discretisation
     (6)  L = L_seg + 20 L_norm + 10 L_ent: cross-entropy; 1 - mean cosine; mean entropy of sigmoid(alpha), for alpha alone
 
-    python mtl_nas.py --dataset synthetic-scenes                          mIoU 14.9, normals 36.4 degrees; 71 s of one CPU core
+    python mtl_nas.py --dataset synthetic-scenes                          mIoU 14.9, normals 36.4 degrees; 51 s on one CPU core
     python mtl_nas.py --dataset synthetic-scenes --crop 321 --width 64    20,000 iterations with --epochs 40; not yet run here
     python mtl_nas.py --dataset nyuv2-40                                  mIoU 37.6 in Table S1; not yet run here
 

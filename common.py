@@ -871,6 +871,14 @@ def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
         raise InputError(f"cannot download the weights of {name} ({error}); {hint}") from error
 
 
+def draws_random_numbers(trunk: nn.Module, image_size: int) -> bool:
+    """Whether a pass of it in train mode draws random numbers, as dropout and stochastic depth do."""
+    trunk, before = copy.deepcopy(trunk).cpu().train(), torch.get_rng_state()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trunk(torch.zeros(2, 3, image_size, image_size))
+        return not torch.equal(torch.get_rng_state(), before)
+
+
 class Features(nn.Module):
     """A stripped classifier: (B, 3, H, W) -> (B, width), computed in the memory layout `layout` (see check_trunk)."""
 

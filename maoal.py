@@ -26,7 +26,6 @@ commit: people), whose settings are the defaults. Where the two part, --preset p
 """
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -38,6 +37,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from itertools import chain, groupby, repeat
 from pathlib import Path
@@ -51,8 +51,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from common import BACKBONES, IMAGE_SETS, DeviceLoader, ImageSet, InputError, Split, build_backbone, check_trunk, ensure_files
-from common import hold_out, load_cub200_attributes, load_image_set, loader_generator, make_loader, reading, stratified_subset
-from common import strip_classifier
+from common import draws_random_numbers, hold_out, load_cub200_attributes, load_image_set, loader_generator, make_loader
+from common import reading, strip_classifier, stratified_subset
 
 METHODS = {"maoal": "the paper's", "single": "the primary loss alone", "equal": "all weights 1", "uncertainty": "learned weights",
            "gcs": "auxiliary gradients of positive cosine with the primary one", "auxl": "AuxiLearn's combination of losses"}
@@ -110,6 +110,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lr", type=rate, default=0.1, metavar="F", help="eta_1 (files: 1e-4; ratings: 1e-3); with sgd on a cosine to 0")
     add("--momentum", type=share, default=0.9, metavar="F", help="of theta's SGD")
     add("--weight-decay", type=factor, default=5e-4, metavar="F", help="of theta (ratings: 0)")
+    add("--cuda-graph", action="store_true", help="CUDA: each training step is one graph; not yet run on a GPU")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=seed, default=0, metavar="N", help="of the network, the subsets, the batches, crops and rotations")
     add("--seeds", type=seed, nargs="+", metavar="N", help="run these one after another; print mean and 95 %% interval")
@@ -196,7 +197,9 @@ def task_loss(network, batch, task: int, theta=None):
     if theta is None:
         return prediction_loss(network(x, task), y)
     moved = theta | {name: b.clone() for name, b in network.named_buffers()}
-    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng([x.device] if x.is_cuda else []):  # fused: no forward-mode rule
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()  # then nothing draws: see train
+    fork = torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=not captured)
+    with sdpa_kernel(SDPBackend.MATH), fork:  # fused attention has no forward-mode rule
         return prediction_loss(functional_call(network, moved, (x, task)), y)
 
 def task_gradient(network, batch, task: int, theta=None):
@@ -337,17 +340,55 @@ def number(kind, low, high=10**9):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite {kind.__name__} from {low} to {high}")
 
     return convert
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"unknown device {name!r}; known are auto, cpu, cuda and cuda:N")
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         raise InputError(f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if cuda_graph and device.type != "cuda":
+        raise InputError("--cuda-graph needs a CUDA device")
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # whose streams and graphs are used
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     return device
+def capture(step, optimizers, enabled: bool):
+    """`step`, or if enabled a function that replays it as one CUDA graph, so that a step is one launch and not thousands.
+
+    step: takes tensors, or tuples and lists of them, whose shapes stay the same; returns a tuple of tensors; reads nothing from
+    the device. Three calls run as they are: optimisers make their state, cuDNN chooses its kernels. A graph holds all numbers
+    as they were, so another one is captured when a learning rate of `optimizers` has changed.
+    """
+    if not enabled:
+        return step
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # said of the first calls, which run as they are
+    stream, held = torch.cuda.Stream(), {"calls": 0}
+
+    def tensors(nested):
+        parts = nested if isinstance(nested, tuple | list) else ()
+        return [nested] if isinstance(nested, torch.Tensor) else [t for part in parts for t in tensors(part)]
+
+    def replay(*inputs):
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        held["calls"] += 1
+        if held["calls"] <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = step(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if held.get("rates") != rates:
+            held.update(rates=rates, graph=torch.cuda.CUDAGraph(), inputs=deepcopy(inputs))
+            with torch.cuda.graph(held["graph"], stream=stream, capture_error_mode="thread_local"):  # a loader has threads too
+                held["outputs"] = step(*held["inputs"])
+        for place, new in zip(tensors(held["inputs"]), tensors(inputs), strict=True):
+            place.copy_(new)
+        held["graph"].replay()
+        return [t.clone() for t in held["outputs"]]  # the next call overwrites them
+
+    return replay
 def run_folder(args) -> Path:
     """out-dir/SCRIPT-DATASET-METHOD-sSEED; of folder:PATH, PATH's last part. A run that is there is only ever resumed."""
     dataset = f"folder-{Path(args.dataset[7:]).resolve().name}" if args.dataset.startswith("folder:") else args.dataset
@@ -368,8 +409,9 @@ def open_run(args, device) -> Path:
         return folder
     with reading(path):
         before = json.loads(path.read_text())
-        for name in sorted(arguments.keys() - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
-            if arguments[name] != (old := before["arguments"].get(name)):
+        known = arguments.keys() & before["arguments"].keys()  # an older run lacks newer flags
+        for name in sorted(known - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
+            if arguments[name] != (old := before["arguments"][name]):
                 raise InputError(f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}")
         for name, value in machine.items():
             if value != (old := before["machine"].get(name)):
@@ -547,9 +589,10 @@ def endless_batches(args, loaders, auxiliary):
             batches.append((turned[turns, torch.arange(len(x), device=x.device)], turns))
         yield batches[:1] if args.method == "single" else batches
 
-def build_optimizer(kind: str, parameters, momentum: float = 0.9, **options):
-    """An optimiser by its name on the command line. momentum: of "momentum", which is SGD."""
-    kinds = {"adam": partial(torch.optim.Adam, fused=True), "adamw": partial(torch.optim.AdamW, fused=True), "sgd": torch.optim.SGD}
+def build_optimizer(kind: str, parameters, momentum: float = 0.9, graph: bool = False, **options):
+    """An optimiser by its name on the command line. momentum: of "momentum", which is SGD. graph: a CUDA graph is to hold it."""
+    adam = {"fused": True, "capturable": graph}
+    kinds = {"adam": partial(torch.optim.Adam, **adam), "adamw": partial(torch.optim.AdamW, **adam), "sgd": torch.optim.SGD}
     return kinds.get(kind, partial(torch.optim.SGD, momentum=momentum))(parameters, **options)
 
 def build_learned(args, auxiliaries: int, modules: int):
@@ -582,7 +625,7 @@ def keep_best(best, network, performance, epoch: int) -> None:
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
-    device, ratings = choose_device(args.device), args.dataset == RATINGS
+    device, ratings = choose_device(args.device, args.cuda_graph), args.dataset == RATINGS
     torch.manual_seed(args.seed)
     image_set, trains, dev, val, classes, tasks = load_data(args)
     network = AutoInt(classes) if ratings else PrimaryNetwork(build_backbone(args.backbone, args.pretrained), classes)
@@ -600,33 +643,41 @@ def train(args) -> dict:
     steps = min(len(loaders[0]), args.max_steps or len(loaders[0]))
     learned = (built := build_learned(args, len(tasks), len(modules))) and built.to(device)
     theta = [*network.parameters(), *(learned.parameters() if args.method == "uncertainty" else ())]
-    options = {"momentum": args.momentum, "lr": args.lr, "weight_decay": args.weight_decay}
+    options = {"momentum": args.momentum, "lr": args.lr, "weight_decay": args.weight_decay, "graph": args.cuda_graph}
     optimizer = build_optimizer(args.optimizer.replace("sgd", "momentum"), theta, **options)
     angle = math.pi / args.epochs * (args.optimizer == "sgd")  # of the cosine schedule, an epoch
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5 + 0.5 * math.cos(epoch * angle))
-    best, gradients = copy.deepcopy(network), partial(lower_gradients, args, modules=modules, learned=learned)
+    best, gradients = deepcopy(network), partial(lower_gradients, args, modules=modules, learned=learned)
     best.register_buffer("record", torch.tensor([-math.inf, 0.0], device=device))  # performance, epoch
     state = {"network": network, "optimizer": optimizer, "scheduler": scheduler, "generator": generator, "best": best}
     if learned:  # the second is idle for uncertainty's s, which moves with theta
-        upper = build_optimizer(args.upper_optimizer, learned.parameters(), lr=args.upper_lr, weight_decay=args.upper_weight_decay)
+        options = {"lr": args.upper_lr, "weight_decay": args.upper_weight_decay, "graph": args.cuda_graph}
+        upper = build_optimizer(args.upper_optimizer, learned.parameters(), **options)
         state |= {"learned": learned, "upper_optimizer": upper}
     history = load_checkpoint(folder := open_run(args, device), state)
     name, sign = ("rmse", -1) if ratings else ("accuracy", 1)  # of a performance, higher is better
     print(f"{args.method} on {args.dataset}: {len(trains[0])} training, {len(dev or [])} development, {len(val)} validation "
           f"samples, {steps} steps an epoch, seed {args.seed}; auxiliary: {', '.join(tasks)}; modules: {', '.join(modules)}")
+    def lower_round(batches):
+        return lower_step(network, optimizer, batches, gradients)
+    def upper_round(batches, dev_batch):
+        return (upper_step(args, network, learned, upper, batches, dev_batch, modules, optimizer.param_groups[0]["lr"]),)
+    drops = args.cuda_graph and not ratings and draws_random_numbers(network.trunk, image_set.image_size)
+    lower_graph = capture(lower_round, [optimizer], args.cuda_graph)  # an upper step takes dropout's masks by way of the host
+    upper_graph = capture(upper_round, [optimizer], args.cuda_graph and args.method in BILEVEL and not drops)
     for epoch in range(len(history), args.epochs):
         began, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
         progress = tqdm(total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None)
         loss_sum, first_bad = torch.zeros((), device=device), torch.full((), steps, device=device)
         batches, dev_batches = endless_batches(args, loaders, auxiliary), chain.from_iterable(repeat(dev_loader))
         for step in range(steps):
-            loss, losses = lower_step(network, optimizer, next(batches), gradients)
+            loss, losses = lower_graph(next(batches))
             loss_sum, value = loss_sum + loss, losses.sum()
             loop, rest = divmod(epoch * steps + step + 1, args.lower_steps)
             if rest == 0 and args.interval and loop % args.interval == 0:
                 keep_best(best, network, sign * evaluate(network, val_loader), epoch + 1)
             if rest == 0 and args.method in BILEVEL:
-                value = value + upper_step(args, network, learned, upper, next(batches), next(dev_batches)[:2], modules, lr)
+                value = value + upper_graph(next(batches), next(dev_batches)[:2])[0]
             first_bad = torch.where(value.isfinite(), first_bad, first_bad.clamp(max=step))
             progress.update()
         # The epoch's figures: its only reads from the device

@@ -39,6 +39,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -51,8 +52,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from common import BACKBONES, IMAGE_SETS, InputError, build_backbone, check_trunk, has_weights, hold_out
-from common import load_image_set, loader_generator, make_loader, reading, stratified_subset, strip_classifier
+from common import BACKBONES, IMAGE_SETS, InputError, build_backbone, check_trunk, draws_random_numbers, has_weights
+from common import hold_out, load_image_set, loader_generator, make_loader, reading, stratified_subset, strip_classifier
 
 METHODS = {"maxl": "the paper's", "maxl-first-order": "its gradient by a finite difference", "single": "no auxiliary task",
            "human": "human auxiliary labels", "random": "random auxiliary labels, fixed for each image"}
@@ -101,6 +102,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--label-weight-decay", type=factor, default=5e-4, metavar="F", help="of the label network")
     add("--schedule", choices=["step", "cosine", "constant"], help="of both rates; step: halved each 50 epochs, as for cifar100")
     add("--amp", choices=["none", "bf16"], default="none", help="bf16: the trunks run under autocast")
+    add("--cuda-graph", action="store_true", help="CUDA: each training step is one graph; not yet run on a GPU")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=seed, default=0, metavar="N", help="of the networks, the subsets, random labels, the batches and the crops")
     add("--seeds", type=seed, nargs="+", metavar="N", help="run these one after another; print mean and 95 %% interval")
@@ -245,7 +247,8 @@ def hypergradient(primary, label_network, x, y, *, lr, entropy_weight=0.2, upper
     # theta' = theta - lr grad L_total. Fused attention has no forward-mode rule and draws other dropout masks than
     # the plain one, so all passes at theta use the plain one.
     generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator  # dropout's
-    random_state = generator.get_state()
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()  # only if f has no dropout: its state is the host's
+    random_state = None if captured else generator.get_state()
     with sdpa_kernel(SDPBackend.MATH):
         loss = total_loss(*primary(x), y, soft_labels.detach(), gamma)
     gradients = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
@@ -261,8 +264,10 @@ def hypergradient(primary, label_network, x, y, *, lr, entropy_weight=0.2, upper
 
     def costs(move):
         """Every class's cost (B, K) at theta moved along v, with the dropout masks of the pass at theta."""
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng([x.device] if x.is_cuda else []):
-            generator.set_state(random_state)
+        fork = torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=not captured)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), fork:
+            if not captured:
+                generator.set_state(random_state)
             moved = {name: move(theta[name].detach(), t) for name, t in v.items()} | {n: b.clone() for n, b in buffers.items()}
             return focal_costs(functional_call(primary, moved, (x,))[1], gamma)
 
@@ -332,17 +337,57 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"unknown device {name!r}; known are auto, cpu, cuda and cuda:N")
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         raise InputError(f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if cuda_graph and device.type != "cuda":
+        raise InputError("--cuda-graph needs a CUDA device")
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # whose streams and graphs are used
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     return device
+
+
+def capture(step, optimizers, enabled: bool):
+    """`step`, or if enabled a function that replays it as one CUDA graph, so that a step is one launch and not thousands.
+
+    step: takes tensors, or tuples and lists of them, whose shapes stay the same; returns a tuple of tensors; reads nothing from
+    the device. Three calls run as they are: optimisers make their state, cuDNN chooses its kernels. A graph holds all numbers
+    as they were, so another one is captured when a learning rate of `optimizers` has changed.
+    """
+    if not enabled:
+        return step
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # said of the first calls, which run as they are
+    stream, held = torch.cuda.Stream(), {"calls": 0}
+
+    def tensors(nested):
+        parts = nested if isinstance(nested, tuple | list) else ()
+        return [nested] if isinstance(nested, torch.Tensor) else [t for part in parts for t in tensors(part)]
+
+    def replay(*inputs):
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        held["calls"] += 1
+        if held["calls"] <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = step(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if held.get("rates") != rates:
+            held.update(rates=rates, graph=torch.cuda.CUDAGraph(), inputs=deepcopy(inputs))
+            with torch.cuda.graph(held["graph"], stream=stream, capture_error_mode="thread_local"):  # a loader has threads too
+                held["outputs"] = step(*held["inputs"])
+        for place, new in zip(tensors(held["inputs"]), tensors(inputs), strict=True):
+            place.copy_(new)
+        held["graph"].replay()
+        return [t.clone() for t in held["outputs"]]  # the next call overwrites them
+
+    return replay
 
 
 def run_folder(args) -> Path:
@@ -367,8 +412,9 @@ def open_run(args, device) -> Path:
         return folder
     with reading(path):
         before = json.loads(path.read_text())
-        for name in sorted(arguments.keys() - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
-            if arguments[name] != (old := before["arguments"].get(name)):
+        known = arguments.keys() & before["arguments"].keys()  # an older run lacks newer flags
+        for name in sorted(known - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
+            if arguments[name] != (old := before["arguments"][name]):
                 raise InputError(f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}")
         for name, value in machine.items():
             if value != (old := before["machine"].get(name)):
@@ -515,7 +561,9 @@ def build_networks(args, image_set, device):
 
 def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
     """The optimiser of a network and its schedule, which takes a step an epoch."""
-    kinds = {"sgd": partial(torch.optim.SGD, momentum=momentum), "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    sgd, adam = {"momentum": momentum}, {"capturable": args.cuda_graph}
+    kinds = {"sgd": partial(torch.optim.SGD, **sgd), "adam": partial(torch.optim.Adam, **adam),
+             "adamw": partial(torch.optim.AdamW, **adam)}
     optimizer = kinds[args.optimizer](network.parameters(), lr=lr, weight_decay=weight_decay)
     if args.schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
@@ -544,7 +592,7 @@ def describe_labels(label_sum, used) -> dict:
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.cuda_graph)
     torch.manual_seed(args.seed)
     image_set, train_split, held_out = load_data(args)
     primary, label_network = build_networks(args, image_set, device)
@@ -577,6 +625,31 @@ def train(args) -> dict:
     print(f"{args.method} on {args.dataset}: {len(train_split)} training images, {steps} steps a phase, {args.backbone}, "
           f"{'CUDA with TF32' if device.type == 'cuda' else 'CPU'}, amp {args.amp}, seed {args.seed}")
 
+    def primary_round(x, y, labels=None, cosines=None):
+        """A step on theta, its loss and hits; with g the labels' sum and each sample's top one too. cosines: append theirs."""
+        made = ()
+        with autocast:
+            if label_network is not None:
+                with torch.no_grad():
+                    labels = label_network(x, y)
+                made = labels.sum(dim=0), labels.argmax(dim=1)
+            if cosines is not None and labels is not None:
+                cosines.append(gradient_cosine(primary, x, y, labels, gamma))
+            loss, logits = primary_step(primary, optimizer, x, y, labels, gamma)
+        return loss, (logits.argmax(dim=1) == y).sum(), *made
+
+    def label_round(x, y, *upper):
+        """A step on phi. Returns the hypergradient's norm."""
+        options = objective | {"lr": optimizer.param_groups[0]["lr"], "upper": upper or None}
+        with autocast:
+            return (label_step(primary, label_network, label_optimizer, x, y, **options),)
+
+    primary_graph = capture(primary_round, [optimizer], args.cuda_graph)
+    label_graph = label_round
+    if label_network is not None:  # the tangent pass takes dropout's masks again, by way of the host
+        drops = args.cuda_graph and draws_random_numbers(primary.trunk, image_set.image_size)
+        label_graph = capture(label_round, [optimizer, label_optimizer], args.cuda_graph and not drops)
+
     for epoch in range(len(history), args.epochs):
         began, taken = time.perf_counter(), steps * len(phases)
         progress = tqdm(total=taken, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None)
@@ -586,24 +659,18 @@ def train(args) -> dict:
         cosines = []
 
         for phase, (train_f, train_g) in enumerate(phases):
-            uppers = chain.from_iterable(repeat(held_out_loader)) if train_g and held_out else repeat(None)  # (x, y, index)
+            uppers = chain.from_iterable(repeat(held_out_loader)) if train_g and held_out else repeat(())  # (x, y, index)
             for step, ((x, y, index), upper) in enumerate(zip(islice(loader, steps), uppers, strict=False)):
                 value = 0.0  # the losses' sum: finite as long as all is well
                 if train_f:  # a step on theta with phi fixed: (1)
-                    with autocast:
-                        labels = None if fixed_labels is None else fixed_labels[index]
-                        if label_network is not None:
-                            with torch.no_grad():
-                                labels = label_network(x, y)
-                            label_sum, used = label_sum + labels.sum(dim=0), used.scatter(0, labels.argmax(dim=1), 1.0)
-                        if step < args.cosine_batches and labels is not None:
-                            cosines.append(gradient_cosine(primary, x, y, labels, gamma))
-                        loss, logits = primary_step(primary, optimizer, x, y, labels, gamma)
-                    loss_sum, correct, value = loss_sum + loss, correct + (logits.argmax(dim=1) == y).sum(), value + loss
+                    labels = () if fixed_labels is None else (fixed_labels[index],)
+                    take_step = partial(primary_round, cosines=cosines) if step < args.cosine_batches else primary_graph
+                    loss, hits, *made = take_step(x, y, *labels)
+                    loss_sum, correct, value = loss_sum + loss, correct + hits, value + loss
+                    if made:
+                        label_sum, used = label_sum + made[0], used.scatter(0, made[1], 1.0)
                 if train_g:  # a step on phi with theta fixed: (2), (3)
-                    objective["lr"] = optimizer.param_groups[0]["lr"]
-                    with autocast:
-                        norm = label_step(primary, label_network, label_optimizer, x, y, upper=upper and upper[:2], **objective)
+                    (norm,) = label_graph(x, y, *upper[:2])
                     norm_sum, value = norm_sum + norm, value + norm
                 first_bad = torch.where(value.isfinite(), first_bad, first_bad.clamp(max=phase * steps + step))
                 progress.update()

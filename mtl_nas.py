@@ -321,14 +321,17 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"unknown device {name!r}; known are auto, cpu, cuda and cuda:N")
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         raise InputError(f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if cuda_graph and device.type != "cuda":
+        raise InputError("--cuda-graph needs a CUDA device")
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # whose streams and graphs are used
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     return device
@@ -356,8 +359,9 @@ def open_run(args, device) -> Path:
         return folder
     with reading(path):
         before = json.loads(path.read_text())
-        for name in sorted(arguments.keys() - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
-            if arguments[name] != (old := before["arguments"].get(name)):
+        known = arguments.keys() & before["arguments"].keys()  # an older run lacks newer flags
+        for name in sorted(known - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
+            if arguments[name] != (old := before["arguments"][name]):
                 raise InputError(f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}")
         for name, value in machine.items():
             if value != (old := before["machine"].get(name)):
@@ -494,12 +498,12 @@ def load_data(args) -> SceneSet:
 
 def jitter(x, saturation, hue):
     """Images x (B, 3, H, W) in [0, 1] with the saturation multiplied and the hue turned, each (B,), a turn being 1."""
-    grey = (x * x.new_tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(dim=1, keepdim=True)
+    grey = (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
     x = (grey + saturation[:, None, None, None] * (x - grey)).clamp(0, 1)
     (value, which), chroma = x.max(dim=1), x.amax(dim=1) - x.amin(dim=1)  # (B, H, W)
     difference = (x.roll(-1, dims=1) - x.roll(1, dims=1)).gather(1, which[:, None])[:, 0]  # g - b, b - r or r - g
     sextant = 2 * which + difference / torch.where(chroma > 0, chroma, 1.0) + 6 * hue[:, None, None]
-    k = (x.new_tensor([5, 3, 1])[:, None, None] + sextant[:, None]) % 6  # HSV to RGB
+    k = (torch.arange(5, 0, -2, device=x.device)[:, None, None] + sextant[:, None]) % 6  # HSV to RGB
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 

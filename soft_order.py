@@ -36,6 +36,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 from collections import namedtuple
 from contextlib import suppress
 from copy import deepcopy
@@ -104,6 +105,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--max-steps", type=count, metavar="N", help="iterations in all (mnist 20000, uci 10000, omniglot 5000, others 4000)")
     add("--batch-size", type=count, metavar="N", help="samples of each task a step (default: 64, uci 32, omniglot 1, random all)")
     add("--lr", type=rate, default=1e-3, metavar="F", help="learning rate of Adam, for the layers and the scores")
+    add("--cuda-graph", action="store_true", help="CUDA: each training step is one graph; not yet run on a GPU")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=seed, default=0, metavar="N", help="of the tasks, the networks, the orders, the batches and dropout")
     add("--seeds", type=seed, nargs="+", metavar="N", help="run these one after another; print mean and 95 %% interval")
@@ -314,17 +316,57 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"unknown device {name!r}; known are auto, cpu, cuda and cuda:N")
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         raise InputError(f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if cuda_graph and device.type != "cuda":
+        raise InputError("--cuda-graph needs a CUDA device")
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # whose streams and graphs are used
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     return device
+
+
+def capture(step, optimizers, enabled: bool):
+    """`step`, or if enabled a function that replays it as one CUDA graph, so that a step is one launch and not thousands.
+
+    step: takes tensors, or tuples and lists of them, whose shapes stay the same; returns a tuple of tensors; reads nothing from
+    the device. Three calls run as they are: optimisers make their state, cuDNN chooses its kernels. A graph holds all numbers
+    as they were, so another one is captured when a learning rate of `optimizers` has changed.
+    """
+    if not enabled:
+        return step
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # said of the first calls, which run as they are
+    stream, held = torch.cuda.Stream(), {"calls": 0}
+
+    def tensors(nested):
+        parts = nested if isinstance(nested, tuple | list) else ()
+        return [nested] if isinstance(nested, torch.Tensor) else [t for part in parts for t in tensors(part)]
+
+    def replay(*inputs):
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        held["calls"] += 1
+        if held["calls"] <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = step(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if held.get("rates") != rates:
+            held.update(rates=rates, graph=torch.cuda.CUDAGraph(), inputs=deepcopy(inputs))
+            with torch.cuda.graph(held["graph"], stream=stream, capture_error_mode="thread_local"):  # a loader has threads too
+                held["outputs"] = step(*held["inputs"])
+        for place, new in zip(tensors(held["inputs"]), tensors(inputs), strict=True):
+            place.copy_(new)
+        held["graph"].replay()
+        return [t.clone() for t in held["outputs"]]  # the next call overwrites them
+
+    return replay
 
 
 def run_folder(args) -> Path:
@@ -349,8 +391,9 @@ def open_run(args, device) -> Path:
         return folder
     with reading(path):
         before = json.loads(path.read_text())
-        for name in sorted(arguments.keys() - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
-            if arguments[name] != (old := before["arguments"].get(name)):
+        known = arguments.keys() & before["arguments"].keys()  # an older run lacks newer flags
+        for name in sorted(known - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
+            if arguments[name] != (old := before["arguments"][name]):
                 raise InputError(f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}")
         for name, value in machine.items():
             if value != (old := before["machine"].get(name)):
@@ -616,7 +659,7 @@ def describe_scales(scores) -> dict:
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.cuda_graph)
     torch.manual_seed(args.seed)
     tasks = {"mnist": load_mnist, "uci": load_uci, "omniglot": load_omniglot, "random": load_random,
              "synthetic": load_synthetic}[args.dataset](args)
@@ -626,7 +669,7 @@ def train(args) -> dict:
     network = build_network(args, tasks).to(device)
     training, test = (Samples(*(t.to(device) for t in samples)) for samples in (tasks.train, tasks.test or tasks.train))
     generator = torch.Generator(device).manual_seed(args.seed)
-    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), lr=args.lr, fused=True, capturable=args.cuda_graph)
     state = {"network": network, "optimizer": optimizer, "generator": generator}
     history = load_checkpoint(folder := open_run(args, device), state)
     counts, draw = training.counts, {"dtype": torch.float64, "generator": generator, "device": device}  # float32 may round to 1 n
@@ -634,12 +677,17 @@ def train(args) -> dict:
     print(f"{args.method} on {args.dataset}: {len(tasks.names)} tasks of {smallest} to {largest} training samples, "
           f"{args.max_steps} iterations, {'CUDA with TF32' if device.type == 'cuda' else 'CPU'}, seed {args.seed}")
 
+    def one_step(x, y):
+        return (training_step(network, optimizer, x, y),)
+
+    take_step = capture(one_step, [optimizer], args.cuda_graph)
+
     for epoch in range(len(history), args.epochs):
         began, steps = time.perf_counter(), min(args.epoch_steps, args.max_steps - epoch * args.epoch_steps)
         loss_sum, first_bad = torch.zeros((), device=device), torch.full((), steps, device=device)  # first step that was not finite
         for step in tqdm(range(steps), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None):
             drawn = whole if whole is not None else (torch.rand(len(counts), batch_size, **draw) * counts[:, None]).long()
-            loss = training_step(network, optimizer, *training.take(drawn))
+            (loss,) = take_step(*training.take(drawn))
             loss_sum, first_bad = loss_sum + loss, torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=step))
 
         # The epoch's figures: its only reads from the device

@@ -40,6 +40,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -52,8 +53,9 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from common import BACKBONES, IMAGE_SETS, InputError, build_backbone, check_trunk, corrupt_labels, has_weights, hold_out
-from common import load_image_set, loader_generator, make_loader, reading, stratified_subset, strip_classifier
+from common import BACKBONES, IMAGE_SETS, InputError, build_backbone, check_trunk, corrupt_labels, draws_random_numbers
+from common import has_weights, hold_out, load_image_set, loader_generator, make_loader, reading, stratified_subset
+from common import strip_classifier
 
 METHODS = {"wamal": "the paper's", "maxl": "all weights 1", "single": "no auxiliary task", "human": "human auxiliary labels"}
 LABEL_FLAGS = "r weighting normalize_weights psi entropy_weight aux_set label_backbone label_lr label_weight_decay".split()
@@ -99,6 +101,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--label-weight-decay", type=factor, default=5e-4, metavar="F", help="of the label network")
     add("--schedule", choices=["step", "cosine", "constant"], default="step", help="of both rates; step: halved every 50 epochs")
     add("--amp", choices=["none", "bf16"], default="none", help="bf16: the trunks run under autocast")
+    add("--cuda-graph", action="store_true", help="CUDA: each training step is one graph; not yet run on a GPU")
     add = p.add_argument_group("run").add_argument
     add("--seed", type=seed, default=0, metavar="N", help="of the networks, the subsets, the batches and the crops")
     add("--seeds", type=seed, nargs="+", metavar="N", help="run these one after another; print mean and 95 %% interval")
@@ -257,7 +260,8 @@ def hypergradient(primary, label_network, x, y, *, lr, r, entropy_weight=0.2, we
     # theta' = theta - lr grad L_total. Fused attention has no forward-mode rule and draws other dropout masks than
     # the plain one, so both passes at theta use the plain one.
     generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator  # dropout's
-    random_state = generator.get_state()
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()  # only if f has no dropout: its state is the host's
+    random_state = None if captured else generator.get_state()
     with sdpa_kernel(SDPBackend.MATH):
         loss = total_loss(*primary(x), y, soft_labels.detach(), weight.detach())
     gradients = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
@@ -271,9 +275,10 @@ def hypergradient(primary, label_network, x, y, *, lr, r, entropy_weight=0.2, we
     del logits, theta_prime
 
     # derivative of every class's cost along v at theta, with the dropout masks of the pass at theta
-    devices = [x.device] if x.is_cuda else []
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices):
-        generator.set_state(random_state)
+    fork = torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=not captured)
+    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), fork:
+        if not captured:
+            generator.set_state(random_state)
         moving = {name: p.detach() for name, p in theta.items()}
         moving |= {name: forward_ad.make_dual(moving[name], t) for name, t in zip(theta, v, strict=True) if t is not None}
         auxiliary_logits = functional_call(primary, moving | buffers, (x,))[1]
@@ -338,17 +343,57 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise InputError(f"unknown device {name!r}; known are auto, cpu, cuda and cuda:N")
     if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
         raise InputError(f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if cuda_graph and device.type != "cuda":
+        raise InputError("--cuda-graph needs a CUDA device")
     if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # whose streams and graphs are used
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     return device
+
+
+def capture(step, optimizers, enabled: bool):
+    """`step`, or if enabled a function that replays it as one CUDA graph, so that a step is one launch and not thousands.
+
+    step: takes tensors, or tuples and lists of them, whose shapes stay the same; returns a tuple of tensors; reads nothing from
+    the device. Three calls run as they are: optimisers make their state, cuDNN chooses its kernels. A graph holds all numbers
+    as they were, so another one is captured when a learning rate of `optimizers` has changed.
+    """
+    if not enabled:
+        return step
+    warnings.filterwarnings("ignore", message=".*capturable=True")  # said of the first calls, which run as they are
+    stream, held = torch.cuda.Stream(), {"calls": 0}
+
+    def tensors(nested):
+        parts = nested if isinstance(nested, tuple | list) else ()
+        return [nested] if isinstance(nested, torch.Tensor) else [t for part in parts for t in tensors(part)]
+
+    def replay(*inputs):
+        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        held["calls"] += 1
+        if held["calls"] <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                outputs = step(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return outputs
+        if held.get("rates") != rates:
+            held.update(rates=rates, graph=torch.cuda.CUDAGraph(), inputs=deepcopy(inputs))
+            with torch.cuda.graph(held["graph"], stream=stream, capture_error_mode="thread_local"):  # a loader has threads too
+                held["outputs"] = step(*held["inputs"])
+        for place, new in zip(tensors(held["inputs"]), tensors(inputs), strict=True):
+            place.copy_(new)
+        held["graph"].replay()
+        return [t.clone() for t in held["outputs"]]  # the next call overwrites them
+
+    return replay
 
 
 def run_folder(args) -> Path:
@@ -373,8 +418,9 @@ def open_run(args, device) -> Path:
         return folder
     with reading(path):
         before = json.loads(path.read_text())
-        for name in sorted(arguments.keys() - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
-            if arguments[name] != (old := before["arguments"].get(name)):
+        known = arguments.keys() & before["arguments"].keys()  # an older run lacks newer flags
+        for name in sorted(known - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
+            if arguments[name] != (old := before["arguments"][name]):
                 raise InputError(f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}")
         for name, value in machine.items():
             if value != (old := before["machine"].get(name)):
@@ -508,7 +554,9 @@ def build_networks(args, image_set, device):
 
 def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
     """The optimiser of a network and its schedule, which takes a step an epoch."""
-    kinds = {"sgd": partial(torch.optim.SGD, momentum=momentum), "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    sgd, adam = {"momentum": momentum}, {"capturable": args.cuda_graph}
+    kinds = {"sgd": partial(torch.optim.SGD, **sgd), "adam": partial(torch.optim.Adam, **adam),
+             "adamw": partial(torch.optim.AdamW, **adam)}
     optimizer = kinds[args.optimizer](network.parameters(), lr=lr, weight_decay=weight_decay)
     if args.schedule == "cosine":
         return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
@@ -545,7 +593,7 @@ def describe_weights(w, y, noisy, used, r: float, num_classes: int) -> dict:
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.cuda_graph)
     torch.manual_seed(args.seed)
     image_set, train_split, aux_set, noisy = load_data(args)
     primary, label_network = build_networks(args, image_set, device)
@@ -572,6 +620,32 @@ def train(args) -> dict:
     print(f"{args.method} on {args.dataset}: {len(train_split)} training images, {steps} steps a phase, {args.backbone}, "
           f"{'CUDA with TF32' if device.type == 'cuda' else 'CPU'}, amp {args.amp}, seed {args.seed}")
 
+    def primary_round(x, y, labels=None, cosines=None):
+        """A step of phase 1, its loss and hits; with g each sample's w and top label too. cosines: append theirs to it."""
+        weight, made = 1.0, ()
+        with autocast:
+            if label_network is not None:
+                with torch.no_grad():
+                    labels, w = label_network(x, y)
+                weight, made = auxiliary_weight(w, r, args.weighting, args.normalize_weights), (w, labels.argmax(dim=1))
+            if cosines is not None and labels is not None:
+                cosines.append(gradient_cosine(primary, x, y, labels, weight))
+            loss, logits = primary_step(primary, optimizer, x, y, labels, weight)
+        return loss, (logits.argmax(dim=1) == y).sum(), *made
+
+    def label_round(x, y, *upper):
+        """A step of phase 2. Returns the hypergradient's norm."""
+        options = {"lr": optimizer.param_groups[0]["lr"], "r": r, "entropy_weight": args.entropy_weight}
+        options |= {"weighting": args.weighting, "normalize": args.normalize_weights, "upper": upper or None}
+        with autocast:
+            return (label_step(primary, label_network, label_optimizer, x, y, **options),)
+
+    primary_graph = capture(primary_round, [optimizer], args.cuda_graph)
+    label_graph = label_round
+    if label_network is not None:  # the tangent pass takes dropout's masks again, by way of the host
+        drops = args.cuda_graph and draws_random_numbers(primary.trunk, image_set.image_size)
+        label_graph = capture(label_round, [optimizer, label_optimizer], args.cuda_graph and not drops)
+
     for epoch in range(len(history), args.epochs):
         began, taken = time.perf_counter(), steps * (1 if label_network is None else 2)
         progress = tqdm(total=taken, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None)
@@ -582,30 +656,23 @@ def train(args) -> dict:
 
         # Phase 1: an epoch on theta with phi fixed (Alg. 1, lines 5 to 10)
         for step, (x, y, index) in enumerate(islice(loader, steps)):
-            with autocast:
-                labels, weight = None if human_labels is None else human_labels[index], 1.0
-                if label_network is not None:
-                    with torch.no_grad():
-                        labels, w = label_network(x, y)
-                    weight = auxiliary_weight(w, r, args.weighting, args.normalize_weights)
-                    used.scatter_(0, labels.argmax(dim=1), 1.0)
-                    weights.append(w)
-                    indices.append(index)
-                if step < args.cosine_batches and labels is not None:
-                    cosines.append(gradient_cosine(primary, x, y, labels, weight))
-                loss, logits = primary_step(primary, optimizer, x, y, labels, weight)
-            loss_sum, correct = loss_sum + loss, correct + (logits.argmax(dim=1) == y).sum()
+            labels = () if human_labels is None else (human_labels[index],)
+            take_step = partial(primary_round, cosines=cosines) if step < args.cosine_batches else primary_graph
+            loss, hits, *made = take_step(x, y, *labels)
+            loss_sum, correct = loss_sum + loss, correct + hits
+            if made:
+                w, top = made
+                used.scatter_(0, top, 1.0)
+                weights.append(w)
+                indices.append(index)
             first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=step))
             progress.update()
 
         # Phase 2: an epoch on phi with theta fixed (lines 11 to 17)
         if label_network is not None:
-            uppers = repeat(None) if aux_loader is None else ((x, y) for x, y, _ in chain.from_iterable(repeat(aux_loader)))
+            uppers = repeat(()) if aux_loader is None else ((x, y) for x, y, _ in chain.from_iterable(repeat(aux_loader)))
             for step, ((x, y, _), upper) in enumerate(zip(islice(loader, steps), uppers, strict=False)):
-                with autocast:
-                    norm = label_step(primary, label_network, label_optimizer, x, y, lr=optimizer.param_groups[0]["lr"], r=r,
-                                      entropy_weight=args.entropy_weight, weighting=args.weighting, upper=upper,
-                                      normalize=args.normalize_weights)
+                (norm,) = label_graph(x, y, *upper)
                 norm_sum = norm_sum + norm
                 first_bad = torch.where(norm.isfinite(), first_bad, first_bad.clamp(max=steps + step))
                 progress.update()

@@ -8,8 +8,10 @@ Per script, in bench_SCRIPT.py: the plain single-task step (trunk and primary he
 the script's own steps; and the same maths as a textbook would write them: nothing detached in the primary phase, double
 backward and .backward() in the label phase, one .item() a step. Such a file names its steps in PARTS, the first being the
 unit; in SUMS what is added up; in SHARES which pairs are compared; its variants(args, device) makes the steps. All run in
-one process, in turn, on data that is already on the device; times are medians, ratios are taken within a round. Peak
-memory is the whole process's on the CPU (what torch allocated on CUDA), each step in a process of its own.
+one process, in turn, on data that is already on the device; times are medians, ratios are taken within a round. The floor is
+what a step would take if only its convolutions and matrix products cost time, all at the speed they have in the plain step:
+their counted FLOPs over the plain step's. Peak memory is the whole process's on the CPU (what torch allocated on CUDA), each
+step in a process of its own.
 """
 
 import argparse
@@ -22,6 +24,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,6 +47,16 @@ def measure_time(variants: dict, repetitions: int, device) -> dict[str, list[flo
             if round_number:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
+
+
+def count_flops(variants: dict) -> dict[str, int]:
+    """Floating-point operations of each variant's convolutions and matrix products, of all passes together."""
+    flops = {}
+    for name, step in variants.items():
+        with FlopCounterMode(display=False) as counter:
+            step()
+        flops[name] = counter.get_total_flops()
+    return flops
 
 
 def main(argv=None) -> dict:
@@ -70,19 +83,22 @@ def main(argv=None) -> dict:
     for name in steps.PARTS:  # first, because a child's peak starts from what its parent holds
         command = [sys.executable, __file__, *flags, "--memory-of", name]
         memory[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    seconds = measure_time(steps.variants(args, device), args.repetitions, device)
+    variants = steps.variants(args, device)
+    seconds, flops = measure_time(variants, args.repetitions, device), count_flops(variants)
     for name, parts in steps.SUMS.items():
+        flops[name] = sum(flops[part] for part in parts)
         seconds[name] = [sum(times) for times in zip(*(seconds[part] for part in parts), strict=True)]
     rows, unit = {}, steps.PARTS[0]
     print(f"{args.script}, {args.backbone}, batch {args.batch_size}, {args.image_size}x{args.image_size}, {device}, "
           f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {args.repetitions}\n")
-    print(f"| step | milliseconds | in {unit} steps | images/s | peak MiB |\n|---|---|---|---|---|")
+    print(f"| step | milliseconds | in {unit} steps | floor | images/s | peak MiB |\n|---|---|---|---|---|---|")
     for name, values in seconds.items():
         ratio = statistics.median(v / p for v, p in zip(values, seconds[unit], strict=True))
         median = statistics.median(values)
-        rows[name] = {"milliseconds": 1000 * median, "ratio": ratio, "mib": memory.get(name)}
+        floor = flops[name] / flops[unit]
+        rows[name] = {"milliseconds": 1000 * median, "ratio": ratio, "floor": floor, "mib": memory.get(name)}
         mib = f"{memory[name]:.0f}" if name in memory else ""
-        print(f"| {name} | {1000 * median:.1f} | {ratio:.2f} | {args.batch_size / median:.0f} | {mib} |")
+        print(f"| {name} | {1000 * median:.1f} | {ratio:.2f} | {floor:.2f} | {args.batch_size / median:.0f} | {mib} |")
     print()
     for ours, other in steps.SHARES:
         rows[ours]["share"] = statistics.median(a / b for a, b in zip(seconds[ours], seconds[other], strict=True))

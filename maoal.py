@@ -69,6 +69,7 @@ PRESETS = {"images": "--relu-importance --mean-auxiliary --hypergrad-lr 1 --clip
            "ratings": "--relu-importance --hypergrad-lr 1 --clip 10 --upper-optimizer momentum --upper-lr 1e-3 --dev-from train",
            "auxl": "--hypergrad-lr 1e-4 --clip 10 --upper-optimizer momentum --upper-lr 1e-3 --upper-weight-decay 5e-4"}
 
+
 def parse_args(argv=None) -> argparse.Namespace:
     """The command line, checked, with the defaults that depend on data set, method and preset filled in."""
     share, factor, rate, part = number(float, 0, 0.99), number(float, 0), number(float, 1e-12), number(float, 1e-6, 1)
@@ -134,6 +135,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     defaults = f"{SETTINGS.get(kind, '')} {PRESETS[preset]} {'--epochs=1' * bool(given.max_steps)}"
     return p.parse_args([*defaults.split(), *argv])  # the last one counts
 
+
 # -------- Networks ------------------------------------------------------------------------------------------------------
 class PrimaryNetwork(nn.Module):
     """A copy of `backbone` without its last layer and a linear head per task: x (B, 3, H, W) to logits (B, num_classes[task])."""
@@ -143,6 +145,7 @@ class PrimaryNetwork(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, n) for n in num_classes)
     def forward(self, x, task: int = 0):
         return self.heads[task](self.trunk(x))
+
 
 class AutoInt(nn.Module):
     """AutoInt (Song et al., CIKM 2019) as a rating regressor: categories (B, F), each counted from 0 in its field, to ratings
@@ -164,6 +167,7 @@ class AutoInt(nn.Module):
             x = F.relu((attention @ v).transpose(1, 2).flatten(2) + residual)
         return self.head(x.flatten(1))[:, 0]
 
+
 def partition_modules(model: nn.Module, how: str = "block") -> dict[str, list[str]]:
     """Each module's trainable parameters, heads.* left out, by its name, from the input on. how (Table 4): "parameter", each
     tensor; "model", all; "block" (Fig. 3): ResNet's stem and four stages, ConvNet4's convolutions, AutoInt's embedding, attention
@@ -180,14 +184,17 @@ def partition_modules(model: nn.Module, how: str = "block") -> dict[str, list[st
         blocks.setdefault(block, []).extend(names)
     return blocks
 
+
 # -------- Losses and the bi-level step ----------------------------------------------------------------------------------
 # A step's data are `batches`, K+1 of them, primary first: (x, y), or a number w for the loss w ||theta||^2 over all of theta.
+
 
 def prediction_loss(output, y):
     """Mean cross-entropy of logits (B, C) over the labels y (B,) >= 0; for ratings y (B,), which are floats, the squared error."""
     if y.is_floating_point():
         return (output - y).square().mean()  # F.mse_loss has no forward-over-reverse derivative
     return F.cross_entropy(output, y, ignore_index=-1, reduction="sum") / ((y >= 0).sum() + 1e-12)
+
 
 def task_loss(network, batch, task: int, theta=None):
     """L_task, a scalar. theta: parameters by name to use instead; such a pass changes no statistics and no random state."""
@@ -202,6 +209,7 @@ def task_loss(network, batch, task: int, theta=None):
     with sdpa_kernel(SDPBackend.MATH), fork:  # fused attention has no forward-mode rule
         return prediction_loss(functional_call(network, moved, (x, task)), y)
 
+
 def task_gradient(network, batch, task: int, theta=None):
     """L_task and its gradients by name, with respect to `theta` or to all that is trainable. No graph outlives the call."""
     at = theta and {name: p.detach().requires_grad_() for name, p in theta.items()}
@@ -212,9 +220,11 @@ def task_gradient(network, batch, task: int, theta=None):
     gradients = torch.autograd.grad(loss, list(at.values()), allow_unused=True)
     return loss.detach(), {name: g for name, g in zip(at, gradients, strict=True) if g is not None}
 
+
 def inner_products(a: dict, b: dict, modules):
     """<a_j, b_j> for every module j, (m,). A name that b lacks counts as 0."""
     return torch.stack([sum((a[n] * b[n]).sum() if n in b else a[n].new_zeros(()) for n in names) for names in modules.values()])
+
 
 def module_weighted_gradients(network, batches, modules, importance=None):
     """The update field of (4, 5): G_j = grad_j L_0 + sum_i a_ij grad_j L_i, by name, after the losses (K+1,): K+1 passes with one
@@ -234,6 +244,7 @@ def module_weighted_gradients(network, batches, modules, importance=None):
         losses.append(loss)
     return torch.stack(losses), total
 
+
 def hessian_vector(loss_of, theta: dict, tangent: dict, phi: dict | None = None) -> dict:
     """d/de of the gradient of loss_of(theta + e t) with respect to theta (H t) or to phi, other tensors in it; no second graph."""
     leaves = phi or {name: p.detach().requires_grad_() for name, p in theta.items()}
@@ -242,6 +253,7 @@ def hessian_vector(loss_of, theta: dict, tangent: dict, phi: dict | None = None)
         gradients = torch.autograd.grad(loss_of(moving), list(leaves.values()), materialize_grads=True)
         products = [forward_ad.unpack_dual(g).tangent for g in gradients]
     return {name: torch.zeros_like(p) if t is None else t for (name, p), t in zip(leaves.items(), products, strict=True)}
+
 
 def look_back_sum(network, dev_batch, modules, jacobian_vector, lr, look_back: int):
     """Alg. 1, lines 16 to 21: theta and p by name, for the parameters in modules; jacobian_vector(theta, v) gives J^T v."""
@@ -253,6 +265,7 @@ def look_back_sum(network, dev_batch, modules, jacobian_vector, lr, look_back: i
         v = {name: t - lr * product[name] for name, t in v.items()}
         p = {name: t + v[name] for name, t in p.items()}
     return theta, p
+
 
 def importance_gradient(network, batches, dev_batch, modules, importance, *, lr, look_back: int = 3):
     """d L_0(dev) / d a_ij = -lr <p_j, grad_j L_i>, (K, m): (9) and Alg. 1, lines 16 to 22, and no graph of a gradient. lr: eta_1.
@@ -272,10 +285,12 @@ def importance_gradient(network, batches, dev_batch, modules, importance, *, lr,
     gradients = (task_gradient(network, batch, i, theta)[1] for i, batch in enumerate(batches[1:], start=1))
     return -lr * torch.stack([inner_products(p, g, modules) for g in gradients])
 
+
 def combined_loss(network, batches, combination, theta=None):
     """AuxL's L_T = L_0 + g(losses), and the losses (K+1,). theta: see task_loss."""
     losses = torch.stack([task_loss(network, batch, i, theta) for i, batch in enumerate(batches)])
     return losses[0] + combination(losses)[0], losses
+
 
 def combination_gradient(network, batches, dev_batch, modules, combination, *, lr, look_back: int = 3) -> list:
     """AuxL's upper gradient -p^T d^2 L_T / dtheta dphi, a list; phi: combination's parameters. No last factor lr, as published."""
@@ -283,9 +298,11 @@ def combination_gradient(network, batches, dev_batch, modules, combination, *, l
     theta, p = look_back_sum(network, dev_batch, modules, partial(hessian_vector, combined), lr, look_back)
     return [-t for t in hessian_vector(combined, theta, p, dict(combination.named_parameters())).values()]
 
+
 def effective_importance(args, alpha):
     """a from alpha (K, any), as [P] or [C] has it."""
     return (alpha.relu() if args.relu_importance else alpha) / (len(alpha) if args.mean_auxiliary else 1)
+
 
 def lower_gradients(args, network, batches, modules, learned):
     """The method's losses (K+1,) and update field by name; the gradient of uncertainty's s goes into its .grad."""
@@ -303,6 +320,7 @@ def lower_gradients(args, network, batches, modules, learned):
         return losses.detach(), dict(zip(theta, torch.autograd.grad(loss, list(theta.values()), allow_unused=True), strict=True))
     return module_weighted_gradients(network, batches, modules, None if args.method == "gcs" else a)
 
+
 def lower_step(network, optimizer, batches, gradients):
     """(6): an optimiser step on theta along gradients(network, batches). Returns L_0 and all losses (K+1,)."""
     losses, field = gradients(network, batches)
@@ -310,6 +328,7 @@ def lower_step(network, optimizer, batches, gradients):
         p.grad = field.get(name)
     optimizer.step()
     return losses[0], losses
+
 
 def upper_step(args, network, learned, optimizer, batches, dev_batch, modules, lr):
     """Alg. 1, lines 16 to 23: an optimiser step on alpha (or AuxL's g); lr: theta's. Returns the gradient's norm unclipped."""
@@ -325,11 +344,26 @@ def upper_step(args, network, learned, optimizer, batches, dev_batch, modules, l
         p.data.clamp_(min=0.0 if p.dim() == 2 else -math.inf)
     return norm
 
+
 # -------- Plumbing: the same text in all six scripts --------------------------------------------------------------------
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
     print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def end_on_sigterm() -> None:
+    """On SIGTERM, end with one line and code 143. At once: an exception that is raised in a callback, a fork's say, is lost."""
+    run = os.getpid()
+
+    def end(*_):
+        if os.getpid() == run:  # not a loader's worker that was only just forked
+            os.write(2, f"{Path(__file__).name}: error: terminated; --resume continues after the last finished epoch\n".encode())
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def number(kind, low, high=10**9):
     """An argparse type: a finite int or float from low to high, both included."""
 
@@ -340,6 +374,8 @@ def number(kind, low, high=10**9):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite {kind.__name__} from {low} to {high}")
 
     return convert
+
+
 def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
@@ -354,6 +390,8 @@ def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     return device
+
+
 def capture(step, optimizers, enabled: bool):
     """`step`, or if enabled a function that replays it as one CUDA graph, so that a step is one launch and not thousands.
 
@@ -389,6 +427,8 @@ def capture(step, optimizers, enabled: bool):
         return [t.clone() for t in held["outputs"]]  # the next call overwrites them
 
     return replay
+
+
 def run_folder(args) -> Path:
     """out-dir/SCRIPT-DATASET-METHOD-sSEED; of folder:PATH, PATH's last part. A run that is there is only ever resumed."""
     dataset = f"folder-{Path(args.dataset[7:]).resolve().name}" if args.dataset.startswith("folder:") else args.dataset
@@ -396,6 +436,8 @@ def run_folder(args) -> Path:
     if not args.resume and any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "last.pt")):
         raise InputError(f"{folder} already holds a run; --resume continues it, another --out-dir starts a new one")
     return folder
+
+
 def open_run(args, device) -> Path:
     """Make the run's folder and its config.json, or check that the run there had the same arguments."""
     folder = run_folder(args)
@@ -417,11 +459,15 @@ def open_run(args, device) -> Path:
             if value != (old := before["machine"].get(name)):
                 print(f"note: {name} was {old} and is now {value}; numbers may differ in the last bits")
     return folder
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
 def save_checkpoint(folder: Path, state: dict, history: list[dict]) -> None:
     """last.pt, then metrics.jsonl. state: by name, torch.Generators and whatever has a state_dict."""
     checkpoint = {k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict() for k, v in state.items()}
@@ -429,6 +475,8 @@ def save_checkpoint(folder: Path, state: dict, history: list[dict]) -> None:
     torch.save(checkpoint, folder / "last.pt.tmp")
     os.replace(folder / "last.pt.tmp", folder / "last.pt")
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
 def load_checkpoint(folder: Path, state: dict) -> list[dict]:
     """Bring `state` to the last finished epoch, cut metrics.jsonl back to it, return the metrics of its epochs."""
     path = folder / "last.pt"
@@ -443,11 +491,16 @@ def load_checkpoint(folder: Path, state: dict) -> list[dict]:
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in checkpoint["history"]))
     return checkpoint["history"]
+
+
 def log_epoch(metrics: dict, epochs: int, names: tuple[str, ...]) -> None:
     """Print an epoch's line, above the progress bar."""
     values = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     tqdm.write(f"epoch {metrics['epoch']}/{epochs}  {values}  {metrics['images_per_second']:.0f} images/s  "
                f"{metrics['milliseconds_per_step']:.1f} ms/step  {metrics['peak_memory_mib']:.0f} MiB")
+    sys.stdout.flush()  # for who follows a log file
+
+
 def peak_memory_mib(device) -> float:
     """The most memory so far: what torch allocated on CUDA, the whole process's on the CPU (0 on Windows)."""
     if device.type == "cuda":
@@ -457,6 +510,8 @@ def peak_memory_mib(device) -> float:
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     return 0.0
+
+
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
     """Write, print and return the summary: the metric at the end, over the last 15 epochs, and its best, chosen on test."""
     values = [line[metric] for line in history]
@@ -468,6 +523,8 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"{metric} {values[-1]:.2f} after {len(values)} epochs in {summary['seconds']:.0f} s: {folder}")
     return summary
+
+
 def run_seeds(args, train, metric: str) -> dict:
     """Train once, or once for each of --seeds: mean, sample standard deviation and half the 95 % t interval."""
     if args.seeds is None:
@@ -484,6 +541,8 @@ def run_seeds(args, train, metric: str) -> dict:
         half = (t[df - 1] if df <= len(t) else 1.96 + 2.4 / df + 2.9 / df**2) * std / math.sqrt(df + 1)
     print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds, 95 % interval +- {half:.2f}: {args.out_dir}")
     return {metric: mean, f"{metric}_std": std, f"{metric}_interval95": half, "runs": summaries}
+
+
 def plot(path: Path, x: list, curves: dict[str, list], xlabel: str) -> None:
     """Draw the curves over x into a PNG."""
     from matplotlib.figure import Figure  # optional package
@@ -494,6 +553,7 @@ def plot(path: Path, x: list, curves: dict[str, list], xlabel: str) -> None:
     axes.set_xlabel(xlabel)
     axes.legend()
     figure.savefig(path, dpi=150)
+
 
 # -------- Training ------------------------------------------------------------------------------------------------------
 def load_movielens(root: Path, keep_threes: bool) -> tuple[Split, list[int]]:
@@ -516,6 +576,7 @@ def load_movielens(root: Path, keep_threes: bool) -> tuple[Split, list[int]]:
     x = torch.from_numpy(np.stack([codes[rows] for codes, rows in fields], axis=1)[keep])
     return Split(x, torch.from_numpy(y[keep]).float()), [int(codes.max()) + 1 for codes, _ in fields]
 
+
 def split_ratings(args, ratings: Split, generator) -> list:
     """Training, development (None for the methods without one, which train on it), validation and test ratings."""
     order, n, size = torch.randperm(len(ratings), generator=generator), len(ratings), args.dev_size or 512
@@ -529,11 +590,13 @@ def split_ratings(args, ratings: Split, generator) -> list:
     train, dev = (train, dev) if args.method in BILEVEL else (torch.cat([train, dev]), None)
     return [part if part is None else ratings.take(part) for part in (train, dev, val, test)]
 
+
 def rating_loader(*args, **options) -> DeviceLoader:
     """Batches of ratings that live on the device: (x (B, F), y (B,), index (B,)). Arguments as DeviceLoader's."""
     loader = DeviceLoader(*args, **options)
     loader.mean, loader.std, loader.crop = 0, 1, lambda x, *_: x
     return loader
+
 
 def load_images(args):
     """The image set, each task's training images or those that all tasks share, all heads' classes, the auxiliary tasks."""
@@ -556,6 +619,7 @@ def load_images(args):
         train.auxiliary = torch.stack(labels, dim=1)
     return image_set, [train], [image_set.num_classes, *classes], tasks
 
+
 def load_data(args):
     """Image set (ratings: a shell), training splits, D_dev or None, validation, heads' classes (ratings: field sizes), tasks."""
     generator, dev = torch.Generator().manual_seed(args.seed), None
@@ -575,6 +639,7 @@ def load_data(args):
     train.labels = torch.full_like(train.labels, -1).index_copy_(0, labelled, train.labels[labelled])
     return image_set, [train, *others][: 1 if args.method == "single" else None], dev, val, classes, tasks
 
+
 def endless_batches(args, loaders, auxiliary):
     """The batches of lower and upper steps, K+1 for each, without end. loaders: of each task, or of all; auxiliary: (N, K)."""
     for parts in zip(*(chain.from_iterable(repeat(loader)) for loader in loaders), strict=True):
@@ -589,11 +654,13 @@ def endless_batches(args, loaders, auxiliary):
             batches.append((turned[turns, torch.arange(len(x), device=x.device)], turns))
         yield batches[:1] if args.method == "single" else batches
 
+
 def build_optimizer(kind: str, parameters, momentum: float = 0.9, graph: bool = False, **options):
     """An optimiser by its name on the command line. momentum: of "momentum", which is SGD. graph: a CUDA graph is to hold it."""
     adam = {"fused": True, "capturable": graph}
     kinds = {"adam": partial(torch.optim.Adam, **adam), "adamw": partial(torch.optim.AdamW, **adam), "sgd": torch.optim.SGD}
     return kinds.get(kind, partial(torch.optim.SGD, momentum=momentum))(parameters, **options)
+
 
 def build_learned(args, auxiliaries: int, modules: int):
     """What is learned beside theta, or None: alpha (K, m); uncertainty's s (K+1,); AuxL's g, an MLP, losses (K+1,) to (1,)."""
@@ -604,6 +671,7 @@ def build_learned(args, auxiliaries: int, modules: int):
     for p in g.parameters():  # [C] has weight norm, AuxiLearn's own scripts have none
         nn.init.uniform_(p, 0, 0.2 * (p.dim() == 2))  # biases are 0; 0.2: AuxiLearn for Pet
     return g
+
 
 @torch.no_grad()
 def evaluate(network, loader):
@@ -616,12 +684,14 @@ def evaluate(network, loader):
     network.train()
     return (total / n).sqrt() if y.is_floating_point() else total / n
 
+
 def keep_best(best, network, performance, epoch: int) -> None:
     """Alg. 1, lines 11 to 14: copy the network and its epoch into `best` if the performance, (), is above best's."""
     better = performance > best.record[0]
     new = network.state_dict() | {"record": torch.stack([performance, torch.full_like(performance, epoch)])}
     for name, value in best.state_dict().items():
         value.copy_(torch.where(better, new[name], value))
+
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
@@ -709,6 +779,7 @@ def train(args) -> dict:
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
 
+
 def show(folder: Path, history: list[dict], names: tuple[str, ...], draw: bool) -> None:
     """Fig. 4: print the final importance, a row per module; draw: the curves of `names`, and heat maps of it over training."""
     final = history[-1].get("importance", {})
@@ -725,6 +796,7 @@ def show(folder: Path, history: list[dict], names: tuple[str, ...], draw: bool) 
             axes.set(title=task, xlabel="epoch", yticks=range(len(modules)), yticklabels=modules)
             figure.colorbar(image)
         figure.savefig(folder / "importance.png", dpi=150)
+
 
 def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
@@ -746,6 +818,7 @@ def main(argv=None) -> dict:
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)
 
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: fail("terminated; --resume continues after the last finished epoch", code=143))
+    end_on_sigterm()
     main()

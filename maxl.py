@@ -325,6 +325,18 @@ def fail(message, code: int = 2):
     raise SystemExit(code)
 
 
+def end_on_sigterm() -> None:
+    """On SIGTERM, end with one line and code 143. At once: an exception that is raised in a callback, a fork's say, is lost."""
+    run = os.getpid()
+
+    def end(*_):
+        if os.getpid() == run:  # not a loader's worker that was only just forked
+            os.write(2, f"{Path(__file__).name}: error: terminated; --resume continues after the last finished epoch\n".encode())
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def number(kind, low, high=10**9):
     """An argparse type: a finite int or float from low to high, both included."""
 
@@ -459,6 +471,7 @@ def log_epoch(metrics: dict, epochs: int, names: tuple[str, ...]) -> None:
     values = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
     tqdm.write(f"epoch {metrics['epoch']}/{epochs}  {values}  {metrics['images_per_second']:.0f} images/s  "
                f"{metrics['milliseconds_per_step']:.1f} ms/step  {metrics['peak_memory_mib']:.0f} MiB")
+    sys.stdout.flush()  # for who follows a log file
 
 
 def peak_memory_mib(device) -> float:
@@ -763,5 +776,5 @@ def main(argv=None) -> dict:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: fail("terminated; --resume continues after the last finished epoch", code=143))
+    end_on_sigterm()
     main()

@@ -137,6 +137,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 # -------- Networks ------------------------------------------------------------------------------------------------------
+
 class PrimaryNetwork(nn.Module):
     """A copy of `backbone` without its last layer and a linear head per task: x (B, 3, H, W) to logits (B, num_classes[task])."""
     def __init__(self, backbone: nn.Module, num_classes: list[int]):
@@ -346,6 +347,7 @@ def upper_step(args, network, learned, optimizer, batches, dev_batch, modules, l
 
 
 # -------- Plumbing: the same text in all six scripts --------------------------------------------------------------------
+
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
     print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -556,6 +558,7 @@ def plot(path: Path, x: list, curves: dict[str, list], xlabel: str) -> None:
 
 
 # -------- Training ------------------------------------------------------------------------------------------------------
+
 def load_movielens(root: Path, keep_threes: bool) -> tuple[Split, list[int]]:
     """Categories (N, 6) of movie, first genre, user, gender, age, occupation; ratings (N,); fields' sizes. No time stamps."""
     files, tables = [root / "ml-1m" / f"{name}.dat" for name in ("ratings", "users", "movies")], []

@@ -52,7 +52,7 @@ SCRIPTS = {
         "test_error", min, "omniglot", ("mnist", "MNIST", "train-images-idx3-ubyte"),
         [[], ["--method", "parallel"], ["--method", "permuted"], ["--method", "single"], ["--dropout", "0.5", "--identity-layer"],
          ["--dataset", "random", "--samples", "20"]]),
-    "maoal": Facts([*IMAGES, "--max-steps", "3", "--lower-steps", "2"], ["network", "learned"], "lower_step", lines=824, reads=[
+    "maoal": Facts([*IMAGES, "--max-steps", "3", "--lower-steps", "2"], ["network", "learned"], "lower_step", lines=827, reads=[
         [], ["--method", "auxl"], ["--method", "uncertainty"], ["--method", "gcs"], ["--method", "single"], ["--interval", "1"],
         ["--partition", "parameter"], ["--preset", "published-code"]]),
     "mtl_nas": Facts(

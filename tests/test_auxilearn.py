@@ -226,8 +226,8 @@ def test_combiners_match_loops_and_are_monotone():
     linear, skip = auxilearn.MonotoneLinear(3).double(), auxilearn.MonotoneLinear(3, skip=True).double()
     linear.weight.data, skip.weight.data = torch.tensor([[0.5, 2.0, 0.0], [0.5, 2.0, 0.0]]).double()
     rows = losses.tolist()
-    assert abs(float(linear(losses)) - sum(0.5 * a + 2 * b for a, b, _ in rows) / 5) < 1e-12
-    assert abs(float(skip(losses)) - sum(1.5 * a + 2 * b for a, b, _ in rows) / 5) < 1e-12
+    assert abs(linear(losses).item() - sum(0.5 * a + 2 * b for a, b, _ in rows) / 5) < 1e-12
+    assert abs(skip(losses).item() - sum(1.5 * a + 2 * b for a, b, _ in rows) / 5) < 1e-12
     net = auxilearn.MonotoneNonlinear(3, [4, 2], high=0.3).double()
     assert all((p == 0).all() if n.endswith("bias") else (p >= 0).all() and p.max() <= 0.3 for n, p in net.named_parameters())
     values = []

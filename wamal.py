@@ -1,48 +1,50 @@
 """WAMAL: Weight-Aware Meta Auxiliary Learning (anonymous authors, under double-blind review).
 
-A primary network f(theta) with a primary and an auxiliary head learns its own task and a made-up auxiliary task. A second
-network g(phi) makes that task up: it gives each training image a soft auxiliary label, one of psi sub-classes of its
-primary class, and a weight for its auxiliary loss. g learns what lowers f's primary loss after one gradient step of f on
-both losses; the two are trained in alternating epochs. With all weights 1 this is MAXL (Liu et al., NeurIPS 2019).
+A primary network f(theta) with a primary and an auxiliary head learns its own task and a made-up
+auxiliary task. A second network g(phi) makes that task up: it gives each training image a soft
+auxiliary label, one of psi sub-classes of its primary class, and a weight for its auxiliary loss.
+g learns what lowers f's primary loss after one gradient step of f on both losses; the two are
+trained in alternating epochs. With all weights 1 this is MAXL (Liu et al., NeurIPS 2019).
 
-    Eq. 5   l_total(x, y) = l_prim(f_prim(x), y) + weight(x) l_aux(f_aux(x), g_label(x, y))    both losses focal, gamma 2
-    Eq. 7   g_label(x, y) = softmax of g's logits over the sub-classes of y, exactly 0 elsewhere
-    Eq. 8   H = sum_k m_k log m_k with m the mean of g_label over the batch                      the negative entropy
+    Eq. 5   l_total(x, y) = l_prim(f_prim(x), y) + weight(x) l_aux(f_aux(x), g_label(x, y))
+    Eq. 7   g_label(x, y) = softmax of g's logits over the sub-classes of y, 0 elsewhere
+    Eq. 8   H = sum_k m_k log m_k, m the batch mean of g_label: the negative entropy
     Eq. 9   w(x) = sigmoid(W_2 relu(W_1 g_trunk(x) + b_1) + b_2)
-    Eq. 10  weight(x) = 2^(2 r w(x) - r), from 2^-r to 2^r
-    g's objective: mean l_prim(f(x; theta'), y) + 0.2 H with theta' = theta - a grad_theta mean l_total
+    Eq. 10  weight(x) = 2^(2 r w(x) - r), from 2^-r to 2^r; all losses focal, gamma 2
+    phi minimises mean l_prim(f(x; theta'), y) + 0.2 H, theta' = theta - a grad mean l_total,
+    with a theta's learning rate
 
-    python wamal.py --dataset synthetic                        88.6 % (chance 25 %) in half a minute on 2 CPU cores
-    python wamal.py --dataset cifar100-20 --backbone convnet4 --train-fraction 0.2 --epochs 3    26.2 % (chance 5 %)
-    python wamal.py --dataset cifar100-20 --r 5                the paper's main result: 80.22 %, 200 epochs; not yet run here
+    python wamal.py --dataset synthetic                 88.6 % (chance 25 %), 30 s on 2 CPU cores
+    python wamal.py --dataset cifar100-20 --backbone convnet4 --train-fraction 0.2 --epochs 3
+                                                        26.2 % (chance 5 %)
+    python wamal.py --dataset cifar100-20 --r 5         paper: 80.22 %, 200 epochs; not yet run here
 
 Departures from the paper [P] and from its authors' code [C]:
-- g's gradient goes through one unrolled step, as in [C]. [P]'s Eq. 4 has an inverse Hessian: that is auxilearn.py.
-- The weight acts per sample (Eq. 5). [C] multiplies (N,) by (N, 1), which averages to mean(weight) mean(l_aux):
-  --weighting batch. [P]'s numbers were presumably made that way.
-- --aux-set: only l_prim at theta' is taken on held-out images, the virtual step on training images, so that g learns about
-  the images it labels, over one pass of the training images; Alg. 1 takes both on the held-out ones.
-- BatchNorm's running statistics follow f's pass at theta only, as in MAXL's code; [C] updates them at theta' too.
-- r = 5 as in [P]'s tables ([C]'s script: 15); batch 100 as in Table 18 and [C] (Table 17: 128); f first as in Alg. 1 and [C].
-- Pretrained models get the size, mean, std and interpolation of torchvision's weights; [P]'s ViT its own (mean, std 0.5).
-- Test accuracy is the last epoch's (and the mean of the last 15); [C] reports the best epoch by test accuracy.
+- g's gradient goes through one unrolled step, as in [C]; [P]'s Eq. 4 has an inverse Hessian.
+- The weight acts per sample (Eq. 5). [C] multiplies (N,) by (N, 1), that is mean(weight) times
+  mean(l_aux), and [P]'s numbers were presumably made so: --weighting batch does that.
+- --aux-set holds out images for l_prim at theta' only; Alg. 1 takes both losses there.
+- BatchNorm's statistics follow f's pass at theta only, as in MAXL's code; [C]: at theta' too.
+- r = 5, batch 100 as in Table 18 ([C]: r = 15; Table 17: 128). f's epoch comes first, as in
+  Alg. 1 and [C]; [P]'s 5.2 names g's first.
+- Pretrained models get the preprocessing of torchvision's weights; [P]'s ViT mean and std 0.5.
+- Test accuracy is the last epoch's; [C] reports the best epoch by test accuracy.
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import platform
 import re
-import signal
 import statistics
 import sys
+import textwrap
 import time
 import warnings
 from contextlib import suppress
-from copy import deepcopy
-from functools import partial
-from itertools import chain, islice, repeat
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -53,94 +55,37 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from common import BACKBONES, IMAGE_SETS, InputError, build_backbone, check_trunk, corrupt_labels, draws_random_numbers
-from common import has_weights, hold_out, load_image_set, loader_generator, make_loader, reading, stratified_subset
-from common import strip_classifier
+from common import (
+    BACKBONES,
+    IMAGE_SETS,
+    InputError,
+    build_backbone,
+    check_trunk,
+    corrupt_labels,
+    forever,
+    has_weights,
+    hold_out,
+    load_image_set,
+    make_loader,
+    reading,
+    stratified_subset,
+    strip_classifier,
+)
 
-METHODS = {"wamal": "the paper's", "maxl": "all weights 1", "single": "no auxiliary task", "human": "human auxiliary labels"}
-LABEL_FLAGS = "r weighting normalize_weights psi entropy_weight aux_set label_backbone label_lr label_weight_decay".split()
-UNUSED = {"maxl": LABEL_FLAGS[:3], "single": [*LABEL_FLAGS, "cosine_batches"], "human": [*LABEL_FLAGS, "label_noise"]}
-# Table 17: backbone, whether it is fine-tuned, batch size; for the other sets Table 18 and the 32x32 VGG-16
-SETTINGS = {"cifar10": ("resnet50", True, 256), "cub200": ("resnet50", True, 64), "oxford-pet": ("vit_b_16", True, 64),
-            "food101": ("vit_b_16", True, 64), "folder": ("resnet50", True, 64), "synthetic": ("convnet4", False, 50)}
+# -------- Networks --------------------------------------------------------------------------------
 
-
-def parse_args(argv=None) -> argparse.Namespace:
-    """The command line, checked, with the defaults that depend on data set and backbone filled in."""
-    share, factor, rate = number(float, 0, 0.99), number(float, 0), number(float, 1e-12)
-    count, seed = number(int, 1), number(int, 0, 2**32)
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.error = fail  # one line, without the usage text
-    add = p.add_argument_group("data").add_argument
-    add("--dataset", default="cifar100-20", metavar="NAME", help="one of " + ", ".join(IMAGE_SETS))
-    add("--data-root", default="data", metavar="DIR", help="where the data sets are, or are downloaded to")
-    add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, metavar="F", help="share of each class to train on")
-    add("--label-noise", type=share, default=0.0, metavar="F", help="share of training labels made wrong; --aux-set stays clean")
-    add("--image-size", type=number(int, 16), metavar="PX", help="side of images read from files (default: 224, or the weights')")
-    add("--workers", type=number(int, 0), default=min(8, os.cpu_count() or 1), metavar="N", help="processes that read images")
-    add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="wamal", help="; ".join(f"{name}: {what}" for name, what in METHODS.items()))
-    add("--backbone", metavar="NAME", help=f"{', '.join(BACKBONES)}, any classifier of torchvision.models, or FILE.py:FUNCTION")
-    add("--label-backbone", metavar="NAME", help="backbone of the label network (default: that of the primary network)")
-    add("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet weights (default: as the paper does)")
-    add("--psi", type=number(int, 1, 9999), nargs="+", default=[5], metavar="N", help="sub-classes a class: one number or a list")
-    add("--r", type=factor, default=5.0, metavar="R", help="range of the weights, 2^-R to 2^R (Eq. 10)")
-    add("--weighting", choices=["sample", "batch"], default="sample", help="weights as in Eq. 5, or their mean for the batch")
-    add("--normalize-weights", action="store_true", help="scale each batch's weights to mean 1 (A.9)")
-    add("--entropy-weight", type=factor, default=0.2, metavar="F", help="factor of Eq. 8 in the label network's objective")
-    add("--aux-set", type=share, default=0.0, metavar="F", help="share of images held out for the primary loss at theta' (A.3.2)")
-    add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=count, metavar="N", help="default: 200 from scratch, 75 pretrained, 4 on synthetic")
-    add("--max-steps", type=count, metavar="N", help="at most N batches in each phase of an epoch; --epochs is then 1 by default")
-    add("--batch-size", type=number(int, 2), metavar="N", help="images a step (default: 100; synthetic 50; fine-tuning: Table 17)")
-    add("--optimizer", choices=["sgd", "adam", "adamw"], default="sgd", help="of both networks")
-    add("--lr", type=rate, metavar="F", help="learning rate of the primary network and the virtual step (default: 0.01; ViT 5e-4)")
-    add("--label-lr", type=rate, metavar="F", help="learning rate of the label network (default: 1e-3; ResNet-50 1e-2)")
-    add("--momentum", type=share, default=0.0, metavar="F", help="of the primary network's SGD")
-    add("--weight-decay", type=factor, default=0.0, metavar="F", help="of the primary network")
-    add("--label-weight-decay", type=factor, default=5e-4, metavar="F", help="of the label network")
-    add("--schedule", choices=["step", "cosine", "constant"], default="step", help="of both rates; step: halved every 50 epochs")
-    add("--amp", choices=["none", "bf16"], default="none", help="bf16: the trunks run under autocast")
-    add("--cuda-graph", action="store_true", help="CUDA: each training step is one graph; not yet run on a GPU")
-    add = p.add_argument_group("run").add_argument
-    add("--seed", type=seed, default=0, metavar="N", help="of the networks, the subsets, the batches and the crops")
-    add("--seeds", type=seed, nargs="+", metavar="N", help="run these one after another; print mean and 95 %% interval")
-    add("--device", default="auto", metavar="NAME", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
-    add("--out-dir", default="runs", metavar="DIR", help="the run goes to DIR/wamal-DATASET-METHOD-sSEED")
-    add("--resume", action="store_true", help="continue the run in that folder after its last finished epoch")
-    add("--plot", action="store_true", help="draw the curves (with --analyze: the histogram) as PNG; needs matplotlib")
-    add("--cosine-batches", type=number(int, 0), default=0, metavar="N", help="log the gradients' cosine, first N batches an epoch")
-    add("--analyze", metavar="RUN", help="write RUN's weight histogram, per-class table and image grids to RUN/analysis")
-    args = p.parse_args(argv)
-    for name in UNUSED.get(args.method, ()):
-        if getattr(args, name) != p.get_default(name):
-            p.error(f"--{name.replace('_', '-')} is not for --method {args.method}")
-    if args.momentum and args.optimizer != "sgd":
-        p.error("--momentum is for --optimizer sgd")
-    backbone, pretrained, batch_size = SETTINGS.get(args.dataset.split(":")[0], ("vgg16-cifar", False, 100))
-    args.backbone = args.backbone or backbone
-    args.label_backbone = args.label_backbone or args.backbone
-    args.pretrained = pretrained and has_weights(args.backbone) if args.pretrained is None else args.pretrained
-    args.epochs = args.epochs or (1 if args.max_steps else 4 if args.dataset == "synthetic" else 75 if args.pretrained else 200)
-    args.batch_size = args.batch_size or batch_size
-    args.lr = args.lr or (5e-4 if args.backbone.startswith("vit_") else 0.01)
-    args.label_lr = args.label_lr or (0.01 if args.backbone == "resnet50" else 1e-3)
-    if args.normalize_weights and args.weighting == "batch":
-        p.error("--normalize-weights makes each batch's mean weight 1, which leaves nothing of --weighting batch")
-    return args
-
-
-# -------- Networks ------------------------------------------------------------------------------------------------------
 
 def head(width: int, out: int) -> nn.Sequential:
-    """Both networks' heads: Linear(d, d) - ReLU - Linear(d, out)."""
+    """A head of f or g."""
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, out))
 
 
 class PrimaryNetwork(nn.Module):
-    """f(theta): a shared trunk (`backbone`, an image classifier: a copy of it without its last layer) and two heads.
+    """f(theta): a shared trunk and two heads.
 
-    Called with x (B, 3, H, W), returns logits (B, num_primary) and (B, num_auxiliary); None for the latter if that is 0.
+    backbone: an image classifier; the trunk is a copy of it without its last layer.
+    num_primary, num_auxiliary: classes of the two tasks; num_auxiliary 0 leaves that head out.
+    Called with x (B, 3, H, W), returns logits (B, num_primary) and (B, num_auxiliary) or None.
     """
 
     def __init__(self, backbone: nn.Module, num_primary: int, num_auxiliary: int):
@@ -151,47 +96,60 @@ class PrimaryNetwork(nn.Module):
 
     def forward(self, x):
         features = self.trunk(x)  # (B, d)
-        with torch.autocast(x.device.type, enabled=False):  # under --amp bf16, heads and losses stay in full precision
-            features = features.to(self.primary_head[0].weight.dtype)
-            return self.primary_head(features), self.auxiliary_head(features) if self.auxiliary_head else None
+        primary_logits = self.primary_head(features)
+        if self.auxiliary_head is None:
+            return primary_logits, None
+        return primary_logits, self.auxiliary_head(features)
 
 
 class LabelWeightNetwork(nn.Module):
-    """g(phi): a trunk of its own (from `backbone`, an image classifier), a label head (Eq. 7) and a weight head (Eq. 9).
+    """g(phi): a trunk of its own, a label head (Eq. 7) and a weight head (Eq. 9).
 
-    psi: the number of auxiliary classes of each primary class. Called with x (B, 3, H, W) and primary classes y (B,),
-    returns soft labels (B, sum(psi)) and weights before scaling (B,), in [0, 1].
+    backbone: an image classifier, as for PrimaryNetwork.
+    psi: how many auxiliary classes each primary class has; K = sum(psi) of them in all. The paper's
+        psi = 5 is [5] * num_primary.
+    Called with x (B, 3, H, W) and primary classes y (B,), returns soft labels (B, K) and the
+    weights before Eq. 10, w (B,) in [0, 1].
     """
 
     def __init__(self, backbone: nn.Module, psi: list[int]):
         super().__init__()
         self.trunk, width = strip_classifier(backbone)
-        self.label_head, self.weight_head = head(width, sum(psi)), head(width, 1)
+        self.label_head = head(width, sum(psi))
+        self.weight_head = head(width, 1)
         self.register_buffer("psi", torch.tensor(psi), persistent=False)
 
     def forward(self, x, y):
         features = self.trunk(x)  # (B, d)
-        with torch.autocast(x.device.type, enabled=False):  # in bf16 the sigmoid would be 1 long before it saturates
-            features = features.to(self.label_head[0].weight.dtype)
-            soft_labels = masked_softmax(self.label_head(features), y, self.psi)
-            return soft_labels, self.weight_head(features)[:, 0].sigmoid()
+        soft_labels = masked_softmax(self.label_head(features), y, self.psi)
+        w = self.weight_head(features)[:, 0].sigmoid()
+        return soft_labels, w
 
 
-# -------- Losses and the bi-level step ----------------------------------------------------------------------------------
+# -------- Losses ----------------------------------------------------------------------------------
+
 
 def masked_softmax(logits, y, psi):
-    """Softmax over the auxiliary classes of each sample's primary class, exactly 0 elsewhere (Eq. 7).
+    """Softmax over the auxiliary classes of each sample's primary class, 0 elsewhere (Eq. 7).
 
-    logits: (B, K), K = sum(psi).  y: (B,) primary classes.  psi: list or tensor, the number of auxiliary classes of
-    each primary class; class c owns the indices sum(psi[:c]) to sum(psi[:c + 1]) - 1. Returns (B, K), rows sum to 1.
+    logits: (B, K), K = sum(psi).  y: (B,) primary classes.
+    psi: list or tensor, the number of auxiliary classes of each primary class; class c owns the
+        indices sum(psi[:c]) to sum(psi[:c + 1]) - 1.
+    Returns (B, K), rows sum to 1. A row without a class of its own (y out of range, or its psi is
+    0) is NaN.
     """
     psi = torch.as_tensor(psi, device=logits.device)
-    owner = torch.arange(len(psi), device=logits.device).repeat_interleave(psi, output_size=logits.shape[1])  # (K,)
+    classes = torch.arange(len(psi), device=logits.device)
+    owner = classes.repeat_interleave(psi, output_size=logits.shape[1])  # (K,)
     return logits.masked_fill(owner != y[:, None], -math.inf).softmax(dim=1)
 
 
 def focal_costs(logits, gamma: float = 2.0):
-    """The focal loss that each class would cost as the label: -(1 - p_k)^gamma log p_k, (B, K)."""
+    """What each class would cost as the label: -(1 - p_k)^gamma log p_k, (B, K).
+
+    All losses and the hypergradient come from here: for another loss, or another gamma, change this
+    function alone. The loss has to be linear in its target, sum_k t_k cost_k.
+    """
     log_p = logits.log_softmax(dim=1)
     return -((1 - log_p.exp()) ** gamma) * log_p
 
@@ -199,15 +157,23 @@ def focal_costs(logits, gamma: float = 2.0):
 def focal_loss(logits, target, gamma: float = 2.0):
     """Focal loss of each sample, (B,): -sum_k t_k (1 - p_k)^gamma log p_k. Linear in the target.
 
-    logits: (B, K).  target: class indices (B,) or soft labels (B, K).  gamma: 0 (cross-entropy) or at least 1.
+    logits: (B, K).  target: soft labels (B, K), or class indices (B,), of an integer type.
+    gamma: 0 (cross-entropy) or at least 1.
     """
     costs = focal_costs(logits, gamma)
-    return (target * costs).sum(dim=1) if target.is_floating_point() else costs.gather(1, target[:, None])[:, 0]
+    if target.dim() == 2:
+        return (target * costs).sum(dim=1)
+    if target.is_floating_point():
+        raise ValueError("class indices are integers; soft labels have two dimensions, (B, K)")
+    return costs.gather(1, target[:, None])[:, 0]
 
 
 def negative_entropy(soft_labels):
-    """H of Eq. 8 for soft labels (B, K): a scalar from -log K (all classes used alike) to 0. Minimising it spreads
-    the labels. The small constant keeps the gradient finite where a class is missing from the batch."""
+    """H of Eq. 8 for soft labels (B, K): from -log K (all classes used alike) to 0.
+
+    Minimising it spreads the labels. The small constant keeps the gradient finite where a class
+    is missing from the batch.
+    """
     m = soft_labels.mean(dim=0)  # (K,)
     return (m * (m + 1e-20).log()).sum()
 
@@ -220,15 +186,21 @@ def scale_weight(w, r: float):
 def auxiliary_weight(w, r: float, weighting: str = "sample", normalize: bool = False):
     """The factors of the auxiliary losses, (B,), from the label network's w (B,) in [0, 1].
 
-    weighting: "sample" (Eq. 5) or "batch", the mean for every sample.  normalize: scale to mean 1 (A.9).
+    weighting: "sample" (Eq. 5), or "batch", the batch's mean for every sample.
+    normalize: scale the batch's weights to mean 1 (A.9).
     """
+    if weighting not in ("sample", "batch"):
+        raise ValueError(f"weighting is 'sample' or 'batch', not {weighting!r}")
     weight = scale_weight(w, r)
-    weight = weight / weight.mean() if normalize else weight
-    return weight.mean().expand_as(weight) if weighting == "batch" else weight
+    if normalize:
+        weight = weight / weight.mean()
+    if weighting == "batch":
+        weight = weight.mean().expand_as(weight)
+    return weight
 
 
 def total_loss(primary_logits, auxiliary_logits, y, labels, weight):
-    """Mean of Eq. 5 over the batch. labels: soft (B, K) or class indices (B,); None: the primary loss alone."""
+    """Mean of Eq. 5 over the batch. labels: (B, K) or (B,); None: the primary loss alone."""
     l_prim = focal_loss(primary_logits, y)  # (B,)
     if labels is None:
         return l_prim.mean()
@@ -236,63 +208,28 @@ def total_loss(primary_logits, auxiliary_logits, y, labels, weight):
     return (l_prim + weight * l_aux).mean()
 
 
-def hypergradient(primary, label_network, x, y, *, lr, r, entropy_weight=0.2, weighting="sample", upper=None, normalize=False):
-    """The exact gradient of g's objective, mean l_prim(theta'(phi)) + entropy_weight H, without a graph of the gradient.
-
-    theta' = theta - lr grad_theta L_total(theta, phi), and phi meets theta only in L_aux. So with v = grad L_prim(theta'),
-
-        grad_phi L_prim(theta'(phi)) = -lr grad_phi [d/de L_aux(theta + e v; labels(phi), weights(phi)) at e = 0].
-
-    One forward-mode pass of f gives the slope along v of what each class would cost each sample; L_aux is linear in the
-    labels, so labels, weights and these slopes make a scalar, and an ordinary backward pass through g does the rest.
-
-    primary, label_network: in train mode; f(x) gives (primary, auxiliary) logits, g(x, y) gives (soft labels, w).
-    x, y: the batch of the virtual step of size lr (plain SGD).  upper: (x_u, y_u), that of l_prim at theta'; None: (x, y).
-    r, weighting, normalize: see auxiliary_weight. Returns a list in the order of label_network.parameters(), None for
-    frozen ones. Changes no parameter; BatchNorm's running statistics follow g's pass and f's at theta, once each.
-    """
-    x_u, y_u = (x, y) if upper is None else upper
-    theta = {name: p for name, p in primary.named_parameters() if p.requires_grad}
-    buffers = {name: b.clone() for name, b in primary.named_buffers()}  # what f's extra passes may change
-    soft_labels, w = label_network(x, y)  # (B, K), (B,): the one graph through phi
-    weight = auxiliary_weight(w, r, weighting, normalize)  # (B,)
-
-    # theta' = theta - lr grad L_total. Fused attention has no forward-mode rule and draws other dropout masks than
-    # the plain one, so both passes at theta use the plain one.
-    generator = torch.cuda.default_generators[x.device.index] if x.is_cuda else torch.default_generator  # dropout's
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()  # only if f has no dropout: its state is the host's
-    random_state = None if captured else generator.get_state()
-    with sdpa_kernel(SDPBackend.MATH):
-        loss = total_loss(*primary(x), y, soft_labels.detach(), weight.detach())
-    gradients = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
-    steps = [0.0 if grad is None else lr * grad for grad in gradients]
-    theta_prime = {name: (p.detach() - step).requires_grad_() for (name, p), step in zip(theta.items(), steps, strict=True)}
-    del loss, gradients, steps
-
-    # v = grad L_prim(theta'), on copies of the running statistics
-    logits = functional_call(primary, theta_prime | {n: b.clone() for n, b in buffers.items()}, (x_u,))[0]
-    v = torch.autograd.grad(focal_loss(logits, y_u).mean(), list(theta_prime.values()), allow_unused=True)
-    del logits, theta_prime
-
-    # derivative of every class's cost along v at theta, with the dropout masks of the pass at theta
-    fork = torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=not captured)
-    with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), fork:
-        if not captured:
-            generator.set_state(random_state)
-        moving = {name: p.detach() for name, p in theta.items()}
-        moving |= {name: forward_ad.make_dual(moving[name], t) for name, t in zip(theta, v, strict=True) if t is not None}
-        auxiliary_logits = functional_call(primary, moving | buffers, (x,))[1]
-        costs, slopes = forward_ad.unpack_dual(focal_costs(auxiliary_logits))  # (B, K) each
-    slopes = torch.zeros_like(costs) if slopes is None else slopes  # None: nothing that moves reaches these logits
-
-    objective = -lr * (weight * (soft_labels * slopes).sum(dim=1)).mean() + entropy_weight * negative_entropy(soft_labels)
-    phi = [p for p in label_network.parameters() if p.requires_grad]
-    found = iter(torch.autograd.grad(objective, phi, materialize_grads=True))
-    return [next(found) if p.requires_grad else None for p in label_network.parameters()]
+# -------- The two steps ---------------------------------------------------------------------------
+#
+# The exact gradient in phi, without differentiating twice. With means over the batch,
+# L_total = L_prim + L_aux and L_aux = mean weight(x) l_aux(x), phi enters
+# theta' = theta - a grad L_total(theta) through L_aux alone. So with v = grad L_prim(theta'),
+# held fixed,
+#
+#     grad_phi L_prim(theta'(phi)) = -a grad_phi [d/de L_aux(theta + e v; labels, weight) at e = 0]
+#
+# and L_aux is linear in the labels: auxiliary_slopes finds how fast the cost of every class changes
+# along v in one forward-mode pass of f, and an ordinary backward pass through g does the rest.
+#
+# To copy: the sections Networks (with common.strip_classifier), Losses and this one.
 
 
 def primary_step(primary, optimizer, x, y, labels=None, weight=1.0):
-    """Alg. 1, inner step: an optimiser step on theta, labels and weights fixed. Returns the loss and the primary logits."""
+    """Alg. 1, inner step: an optimiser step on theta, with labels and weights fixed.
+
+    labels: the auxiliary ones, (B, K) or (B,); None for the primary loss alone.
+    weight: the factors of the auxiliary losses, (B,), or one number.
+    Returns the loss, a scalar, and the primary logits (B, num_primary), both without gradient.
+    """
     primary_logits, auxiliary_logits = primary(x)
     loss = total_loss(primary_logits, auxiliary_logits, y, labels, weight)
     optimizer.zero_grad()
@@ -301,480 +238,784 @@ def primary_step(primary, optimizer, x, y, labels=None, weight=1.0):
     return loss.detach(), primary_logits.detach()
 
 
-def label_step(primary, label_network, optimizer, x, y, **options):
-    """Alg. 1, outer step: an optimiser step on phi. options: those of hypergradient, whose norm is returned."""
-    gradients = hypergradient(primary, label_network, x, y, **options)
-    for p, grad in zip(label_network.parameters(), gradients, strict=True):
-        p.grad = grad
-    optimizer.step()
-    return torch.nn.utils.get_total_norm([grad for grad in gradients if grad is not None])
+def label_step(primary, label_network, label_optimizer, x, y, upper=None, **options):
+    """Alg. 1, outer step: a step of label_optimizer on phi, along the hypergradient.
+
+    upper, options: those of hypergradient, of which primary_lr and r have no default.
+    Returns the hypergradient's norm, a scalar.
+    """
+    phi = [p for p in label_network.parameters() if p.requires_grad]
+    gradients = hypergradient(primary, label_network, x, y, upper, **options)
+    for p, gradient in zip(phi, gradients, strict=True):
+        p.grad = gradient
+    label_optimizer.step()
+    return torch.nn.utils.get_total_norm(gradients)
 
 
-def gradient_cosine(primary, x, y, labels, weight):
-    """Cosine of the two losses' gradients on the trunk (MAXL supplement, Fig. 1). Leaves statistics and random state alone."""
+def hypergradient(
+    primary,
+    label_network,
+    x,
+    y,
+    upper=None,
+    *,
+    primary_lr,
+    r,
+    entropy_weight=0.2,
+    weighting="sample",
+    normalize=False,
+):
+    """The gradient in phi of g's objective, mean l_prim(theta'(phi)) + entropy_weight H.
+
+    primary, label_network: in train mode; f(x) gives (primary, auxiliary) logits, g(x, y) gives
+        (soft labels, w). f's layers need forward-mode derivatives, which torch's own have.
+    x, y: the batch of the virtual step.
+    upper: (x_upper, y_upper), the batch of l_prim at theta'; None: (x, y).
+    primary_lr: theta's learning rate. The virtual step is plain SGD, whatever f's optimiser is.
+    r, weighting, normalize: those of auxiliary_weight.
+    Returns the gradients of phi's trainable parameters, in their order. Changes no parameter;
+    BatchNorm's running statistics follow g's pass and f's pass at theta, once each.
+    """
+    x_upper, y_upper = (x, y) if upper is None else upper
+    soft_labels, w = label_network(x, y)  # (B, K), (B,): the one graph through phi
+    weight = auxiliary_weight(w, r, weighting, normalize)  # (B,)
+
+    state = pass_state(primary, x)  # so that auxiliary_slopes can repeat the pass at theta
+    theta_prime = virtual_step(primary, x, y, soft_labels.detach(), weight.detach(), primary_lr)
+    v = primary_gradient(primary, theta_prime, x_upper, y_upper)
+    del theta_prime  # its memory, before the last pass
+    slopes = auxiliary_slopes(primary, v, x, state)  # (B, K)
+    # in phi, this has the gradient of g's objective; its value is another
+    objective = -primary_lr * (weight * (soft_labels * slopes).sum(dim=1)).mean()
+    objective = objective + entropy_weight * negative_entropy(soft_labels)
+
+    phi = [p for p in label_network.parameters() if p.requires_grad]
+    return torch.autograd.grad(objective, phi, materialize_grads=True)
+
+
+def virtual_step(primary, x, y, labels, weight, primary_lr) -> dict:
+    """theta' = theta - primary_lr grad L_total(theta), by name; theta itself stays."""
+    # Fused attention has no forward mode, and draws other dropout masks than the plain one that
+    # the pass along v needs: both passes at theta use the plain one.
+    with sdpa_kernel(SDPBackend.MATH):
+        primary_logits, auxiliary_logits = primary(x)
+        if auxiliary_logits is None:
+            raise ValueError("the primary network has no auxiliary head to make labels for")
+        loss = total_loss(primary_logits, auxiliary_logits, y, labels, weight)
+
+    theta = {name: p for name, p in primary.named_parameters() if p.requires_grad}
+    gradients = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
+    theta_prime = {}
+    for (name, p), gradient in zip(theta.items(), gradients, strict=True):
+        theta_prime[name] = (p.detach() - primary_lr * gradient).requires_grad_()
+    return theta_prime
+
+
+def primary_gradient(primary, theta_prime: dict, x, y) -> dict:
+    """v = grad L_prim(theta'), by name, without those that l_prim does not reach."""
+    # on copies of the buffers: BatchNorm's running statistics follow theta and not theta'
     buffers = {name: b.clone() for name, b in primary.named_buffers()}
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        primary_logits, auxiliary_logits = functional_call(primary, buffers, (x,))
-    trunk = [p for p in primary.trunk.parameters() if p.requires_grad]
-    if not trunk:
-        raise InputError("the trunk has no parameter to train, so there are no gradients to compare")
-    losses = focal_loss(primary_logits, y).mean(), (weight * focal_loss(auxiliary_logits, labels)).mean()
-    a, b = (torch.autograd.grad(loss, trunk, retain_graph=True, materialize_grads=True) for loss in losses)
-    return torch.cosine_similarity(torch.cat([t.flatten() for t in a]), torch.cat([t.flatten() for t in b]), dim=0)
+    primary_logits, _ = functional_call(primary, theta_prime | buffers, (x,))
+    loss = focal_loss(primary_logits, y).mean()
+    gradients = torch.autograd.grad(loss, list(theta_prime.values()), allow_unused=True)
+    return {n: g for n, g in zip(theta_prime, gradients, strict=True) if g is not None}
 
 
-# -------- Plumbing: the same text in all six scripts --------------------------------------------------------------------
+def auxiliary_slopes(primary, v: dict, x, state):
+    """d/de of what each auxiliary class costs at theta + e v, at e = 0: (B, K).
+
+    v: directions by parameter name.
+    state: pass_state from before the pass of virtual_step, which this pass repeats.
+    """
+    buffers, random_state = state
+    device = [x.device] if x.is_cuda else []
+    with (
+        torch.no_grad(),
+        forward_ad.dual_level(),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.random.fork_rng(device),
+    ):
+        default_generator(x).set_state(random_state)
+        moving = {}
+        for name, p in primary.named_parameters():
+            moving[name] = p.detach()
+            if name in v:
+                moving[name] = forward_ad.make_dual(moving[name], v[name])
+        _, auxiliary_logits = functional_call(primary, moving | buffers, (x,))
+        costs, slopes = forward_ad.unpack_dual(focal_costs(auxiliary_logits))
+    if slopes is None:  # nothing that moves reaches these logits
+        return torch.zeros_like(costs)
+    return slopes
+
+
+def pass_state(network, x):
+    """What decides a pass beside parameters and x: the buffers, and where dropout's masks start."""
+    buffers = {name: b.clone() for name, b in network.named_buffers()}
+    return buffers, default_generator(x).get_state()
+
+
+def default_generator(x) -> torch.Generator:
+    """The generator that dropout draws from on x's device."""
+    if x.is_cuda:
+        return torch.cuda.default_generators[x.device.index]
+    return torch.default_generator
+
+
+# -------- Training --------------------------------------------------------------------------------
+
+
+def train(args) -> dict:
+    """One run, from its last checkpoint if there is one. Returns the summary."""
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+
+    image_set, train_split, aux_set, noisy = load_data(args)
+    primary, label_network = build_networks(args, image_set, device)
+    loading = {"image_set": image_set, "device": device, "workers": args.workers}
+    loader = make_loader(
+        train_split, batch_size=args.batch_size, train=True, seed=args.seed, **loading
+    )
+    test_loader = make_loader(image_set.test, batch_size=args.batch_size, train=False, **loading)
+    steps = min(len(loader), args.max_steps or len(loader))
+
+    optimizer = build_optimizer(args, primary, args.lr, args.weight_decay, args.momentum)
+    scheduler = build_scheduler(args, optimizer)
+    state = {
+        "primary": primary,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "loader": loader,
+    }
+    if label_network is not None:
+        label_optimizer = build_optimizer(
+            args, label_network, args.label_lr, args.label_weight_decay
+        )
+        label_scheduler = build_scheduler(args, label_optimizer)
+        state["label_network"] = label_network
+        state["label_optimizer"] = label_optimizer
+        state["label_scheduler"] = label_scheduler
+    if aux_set is not None:
+        aux_batch_size = min(args.batch_size, len(aux_set))
+        aux_loader = make_loader(
+            aux_set, batch_size=aux_batch_size, train=True, seed=args.seed + 1, **loading
+        )
+        state["aux_loader"] = aux_loader
+
+    weight_options = {
+        "r": 0.0 if args.method == "maxl" else args.r,  # r = 0: every weight is 1
+        "weighting": args.weighting,
+        "normalize": args.normalize_weights,
+    }
+    label_options = weight_options | {"entropy_weight": args.entropy_weight}
+    human_labels = None
+    if args.method == "human":
+        human_labels = train_split.auxiliary.to(device)
+
+    folder = open_run(args, device)
+    history = load_checkpoint(folder, state)
+    print(
+        f"{args.method} on {args.dataset}: {len(train_split)} training images, "
+        f"{steps} steps a phase, {args.backbone}, {device}, amp {args.amp}, seed {args.seed}"
+    )
+
+    for epoch in range(len(history), args.epochs):
+        began = time.perf_counter()
+        lr = optimizer.param_groups[0]["lr"]
+        phases = 1 if label_network is None else 2
+        progress = tqdm(total=phases * steps, desc=f"epoch {epoch + 1}", leave=False, disable=None)
+        loss_sum = torch.zeros((), device=device)
+        norm_sum = torch.zeros((), device=device)
+        correct = torch.zeros((), device=device)
+        made = []  # what g made of each batch of phase 1
+
+        # Phase 1: an epoch on theta with phi fixed (Alg. 1, lines 5 to 10)
+        # index: (B,), the images' places in train_split
+        for x, y, index in islice(loader, steps):
+            labels = None
+            weight = 1.0
+            if human_labels is not None:
+                labels = human_labels[index]
+            if label_network is not None:
+                with torch.no_grad():
+                    labels, w = label_network(x, y)
+                weight = auxiliary_weight(w, **weight_options)
+                made.append((index, w, labels.argmax(dim=1)))
+            loss, logits = primary_step(primary, optimizer, x, y, labels, weight)
+            loss_sum += loss
+            correct += (logits.argmax(dim=1) == y).sum()
+            progress.update()
+
+        # Phase 2: an epoch on phi with theta fixed (lines 11 to 17)
+        if label_network is not None:
+            if aux_set is not None:
+                upper_batches = forever(aux_loader)
+            for x, y, _ in islice(loader, steps):
+                upper = (x, y)
+                if aux_set is not None:
+                    x_upper, y_upper, _ = next(upper_batches)
+                    upper = (x_upper, y_upper)
+                norm_sum += label_step(
+                    primary,
+                    label_network,
+                    label_optimizer,
+                    x,
+                    y,
+                    upper,
+                    primary_lr=lr,
+                    **label_options,
+                )
+                progress.update()
+
+        # The epoch's figures: its only reads from the device
+        progress.close()
+        metrics = {
+            "epoch": epoch + 1,
+            "lr": lr,
+            "loss": float(loss_sum) / steps,
+            "train_accuracy": 100 * float(correct) / (steps * args.batch_size),
+        }
+        if label_network is not None:
+            index = torch.cat([batch[0] for batch in made]).cpu()
+            w = torch.cat([batch[1] for batch in made]).cpu()
+            top_label = torch.cat([batch[2] for batch in made])
+            metrics["label_lr"] = label_optimizer.param_groups[0]["lr"]
+            metrics["hypergradient_norm"] = float(norm_sum) / steps
+            metrics["labels_used"] = len(top_label.unique()) / label_network.psi.sum().item()
+            y = train_split.labels[index]
+            r = weight_options["r"]
+            metrics.update(describe_weights(w, y, noisy[index], r, image_set.num_classes))
+        metrics.update(speed(phases * steps * args.batch_size, began, device))
+        metrics.update(evaluate(primary, test_loader))
+        check_finite(metrics, "loss", "hypergradient_norm", "test_loss")
+
+        scheduler.step()
+        if label_network is not None:
+            label_scheduler.step()
+        history.append(metrics)
+        finish_epoch(folder, state, history, began)
+        log_epoch(metrics, "loss", "train_accuracy", "test_accuracy", "weight_mean")
+
+    if args.method == "wamal":
+        loader = make_loader(train_split, batch_size=args.batch_size, train=False, **loading)
+        write_weights(folder, label_network, train_split, loader, steps, image_set, args.r)
+    return summarize(folder, history, "test_accuracy")
+
+
+# -------- Data and networks of the run ------------------------------------------------------------
+
+
+def load_data(args):
+    """The image set, its training split, its auxiliary set or None, which labels are noise (N,)."""
+    weights_of = args.backbone if args.pretrained else None
+    image_set = load_image_set(
+        args.dataset, args.data_root, image_size=args.image_size, weights_of=weights_of
+    )
+    generator = torch.Generator().manual_seed(args.seed)
+    subset = stratified_subset(image_set.train.labels, args.train_fraction, generator)
+    train_split = image_set.train.take(subset)
+    aux_set = None
+    if args.aux_set:
+        train_split, aux_set = hold_out(train_split, args.aux_set, generator)
+    train_split, noisy = corrupt_labels(
+        train_split, args.label_noise, image_set.num_classes, generator
+    )
+    return image_set, train_split, aux_set, noisy
+
+
+def build_networks(args, image_set, device):
+    """f and, for the methods that have one, g (else None), on the device."""
+    psi = args.psi
+    if len(psi) == 1:
+        psi = psi * image_set.num_classes
+    if len(psi) != image_set.num_classes:
+        raise InputError(f"--psi has {len(psi)} numbers for {image_set.num_classes} classes")
+
+    if args.method == "single":
+        num_auxiliary = 0
+    elif args.method == "human":
+        if image_set.hierarchy is None:
+            known = "cifar100-3, -10, -20 and synthetic"
+            raise InputError(f"{args.dataset} has no human auxiliary labels; {known} have")
+        num_auxiliary = sum(image_set.hierarchy)
+    else:
+        num_auxiliary = sum(psi)
+
+    backbone = build_backbone(args.backbone, args.pretrained)
+    primary = PrimaryNetwork(backbone, image_set.num_classes, num_auxiliary)
+    label_network = None
+    if args.method in ("wamal", "maxl"):
+        pretrained = args.pretrained and has_weights(args.label_backbone)
+        backbone = build_backbone(args.label_backbone, pretrained)
+        label_network = LabelWeightNetwork(backbone, psi)
+        check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
+        label_network.trunk.bf16 = args.amp == "bf16"
+        label_network.to(device)
+    check_trunk(primary.trunk, args.backbone, image_set.image_size)
+    primary.trunk.bf16 = args.amp == "bf16"
+    return primary.to(device), label_network
+
+
+def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
+    """The optimiser of one of the networks."""
+    parameters = network.parameters()
+    if args.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
+    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def build_scheduler(args, optimizer):
+    """The schedule of its learning rate, which takes a step an epoch."""
+    if args.schedule == "cosine":
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    if args.schedule == "step":
+        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=50, gamma=0.5)
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+# -------- Evaluation, and what the paper shows ----------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(primary, loader) -> dict:
+    """Accuracy in percent and mean focal loss on the loader's images, in eval mode."""
+    primary.eval()
+    correct = 0
+    loss = 0
+    images = 0
+    for x, y, _ in loader:
+        logits, _ = primary(x)
+        correct = correct + (logits.argmax(dim=1) == y).sum()
+        loss = loss + focal_loss(logits, y).sum()
+        images += len(y)
+    primary.train()
+    return {"test_accuracy": 100 * float(correct) / images, "test_loss": float(loss) / images}
+
+
+def describe_weights(w, y, noisy, r: float, num_classes: int) -> dict:
+    """An epoch's figures on the weights that g gave.
+
+    w: (N,) in [0, 1], before Eq. 10.  y: (N,) classes of those samples.  noisy: (N,) bool, whose
+    labels were made wrong. The shares at the bounds are w's, all other figures the weight's.
+    """
+    w = w.double()
+    weight = scale_weight(w, r)
+    levels = torch.tensor([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], dtype=torch.float64)
+    of_class = [weight[y == c] for c in range(num_classes)]
+    figures = {
+        "weight_mean": float(weight.mean()),
+        "weight_quantiles_0_5_25_50_75_95_100": weight.quantile(levels).tolist(),
+        "share_at_lower_bound": float((w < 0.01).double().mean()),
+        "share_at_upper_bound": float((w > 0.99).double().mean()),
+        "weight_mean_per_class": [float(c.mean()) if len(c) else None for c in of_class],
+    }
+    if noisy.any():
+        figures["weight_mean_noisy"] = float(weight[noisy].mean())
+        figures["weight_mean_clean"] = float(weight[~noisy].mean())
+    return figures
+
+
+@torch.no_grad()
+def write_weights(folder, label_network, split, loader, steps: int, image_set, r: float):
+    """The weights that g gives to the training images, into `folder`.
+
+    Fig. 11's histogram, the mean of each class (6.2.3), and Fig. 3's grids of images.
+    loader: of `split`, in order and without augmentation; its first `steps` batches are used. g is
+    in eval mode, so that an image's weight does not depend on its neighbours.
+    """
+    label_network.eval()
+    w = torch.cat([label_network(x, y)[1] for x, y, _ in islice(loader, steps)]).cpu()
+    label_network.train()
+
+    counts = w.histc(20, 0, 1).int().tolist()
+    lines = ["w before Eq. 10, training images"]
+    for i, count in enumerate(counts):
+        bar = "#" * round(60 * count / max(counts))
+        lines.append(f"{i / 20:.2f}-{(i + 1) / 20:.2f} {count:7d} {bar}")
+    write_text(folder / "weight_histogram.txt", "\n".join(lines) + "\n")
+
+    y = split.labels[: len(w)]
+    lines = ["mean weight   mean w   class"]
+    for c, name in enumerate(image_set.classes):
+        if (y == c).any():
+            mean_w = w[y == c].mean()
+            mean_weight = scale_weight(w[y == c], r).mean()
+            lines.append(f"{mean_weight:11.4f}   {mean_w:.4f}   {name}")
+    write_text(folder / "weight_per_class.txt", "\n".join(lines) + "\n")
+
+    for name, largest in (("highest", True), ("lowest", False)):
+        extremes = w.topk(min(64, len(w)), largest=largest).indices
+        options = {"batch_size": 64, "device": loader.device, "train": False}
+        extreme_loader = make_loader(split.take(extremes), image_set, **options)
+        pixels = [x * extreme_loader.std + extreme_loader.mean for x, _, _ in extreme_loader]
+        torchvision.utils.save_image(
+            torch.cat(pixels) / 255, folder / f"{name}_weights.png", nrow=8
+        )
+
+
+# -------- Command line ----------------------------------------------------------------------------
+
+METHODS = ("wamal", "maxl", "single", "human")
+SCHEDULES = ("step", "cosine", "constant")
+
+SCRATCH = {  # Table 18, 5.2
+    "backbone": "vgg16-cifar",
+    "pretrained": False,
+    "epochs": 200,
+    "batch_size": 100,
+    "lr": 0.01,
+    "label_lr": 1e-3,
+}
+RESNET50 = {  # Table 17, 5.2
+    "backbone": "resnet50",
+    "pretrained": True,
+    "epochs": 75,
+    "batch_size": 64,
+    "lr": 0.01,
+    "label_lr": 0.01,
+}
+VIT = RESNET50 | {"backbone": "vit_b_16", "lr": 5e-4, "label_lr": 1e-3}
+
+RECIPES = {  # the defaults of a data set; of the others: SCRATCH
+    "cifar10": RESNET50 | {"batch_size": 256},
+    "cub200": RESNET50,
+    "folder": RESNET50,
+    "oxford-pet": VIT,
+    "food101": VIT,
+    "synthetic": SCRATCH | {"backbone": "convnet4", "batch_size": 50, "epochs": 4},
+}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The command line, checked, with the data set's recipe filled in."""
+    share = number(float, 0, 0.99)
+    factor = number(float, 0)
+    rate = number(float, 1e-12)
+    count = number(int, 1)
+    whole = number(int, 0, 2**32)
+
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.error = fail  # one line, without the usage text
+
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", default="cifar100-20", help="one of " + ", ".join(IMAGE_SETS))
+    add("--data-root", default="data", help="folder of the data sets, and of their downloads")
+    add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="of each class")
+    add("--label-noise", type=share, default=0.0, help="share of training labels made wrong")
+    add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
+    add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="that read files")
+
+    add = p.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default="wamal", help="maxl: all weights are 1")
+    add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
+    add("--label-backbone", help="of the label network (default: the same)")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet weights")
+    add("--psi", type=number(int, 1, 9999), nargs="+", default=[5], help="sub-classes a class")
+    add("--r", type=factor, default=5.0, help="range of the weights, 2^-r to 2^r (Eq. 10)")
+    add("--weighting", choices=["sample", "batch"], default="sample", help="Eq. 5, or batch means")
+    add("--normalize-weights", action="store_true", help="scale a batch's weights to mean 1 (A.9)")
+    add("--entropy-weight", type=factor, default=0.2, help="of Eq. 8 in g's objective")
+    add("--aux-set", type=share, default=0.0, help="share held out for l_prim at theta' (A.3.2)")
+
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=count, help="of both phases (default: 200, pretrained 75, synthetic 4)")
+    add("--max-steps", type=count, help="batches a phase, at most; --epochs is then 1 by default")
+    add(
+        "--batch-size",
+        type=number(int, 2),
+        help="default: 100; synthetic 50, pretrained 64, cifar10 256",
+    )
+    add("--optimizer", choices=["sgd", "adam", "adamw"], default="sgd", help="of both networks")
+    add("--lr", type=rate, help="of f and the virtual step (default: 0.01; pretrained ViT 5e-4)")
+    add("--label-lr", type=rate, help="of g (default: 1e-3; pretrained ResNet-50 0.01)")
+    add("--momentum", type=share, default=0.0, help="of f's SGD")
+    add("--weight-decay", type=factor, default=0.0, help="of f")
+    add("--label-weight-decay", type=factor, default=5e-4, help="of g")
+    add("--schedule", choices=SCHEDULES, default="step", help="step: halved every 50 epochs")
+    add("--amp", choices=["none", "bf16"], default="none", help="bf16: trunks run under autocast")
+
+    add = p.add_argument_group("run").add_argument
+    add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+    add("--out-dir", default="runs", help="the run goes to OUT_DIR/wamal-DATASET-METHOD-sSEED")
+    add("--resume", action="store_true", help="go on after the run's last finished epoch")
+    args = p.parse_args(argv)
+
+    if args.momentum and args.optimizer != "sgd":
+        p.error("--momentum is for --optimizer sgd")
+    if args.normalize_weights and args.weighting == "batch":
+        p.error("--normalize-weights with --weighting batch makes every weight 1: --method maxl")
+    if args.aux_set and args.method in ("single", "human"):
+        p.error(f"--aux-set is for methods that learn labels, which {args.method} does not")
+    if args.label_noise and args.method == "human":
+        p.error("--label-noise would leave the human labels clean, which give the class away")
+
+    recipe = RECIPES.get(args.dataset.partition(":")[0], SCRATCH)
+    backbone = args.backbone or recipe["backbone"]
+    if args.pretrained is None:  # another backbone than the recipe's starts from scratch
+        args.pretrained = recipe["pretrained"] and backbone == recipe["backbone"]
+    if recipe["pretrained"] and not args.pretrained:
+        recipe = SCRATCH | {"backbone": backbone}
+    if args.pretrained and backbone != recipe["backbone"]:
+        recipe = VIT if backbone.startswith("vit_") else RESNET50
+        recipe = recipe | {"backbone": backbone}
+    if args.max_steps is not None:
+        recipe = recipe | {"epochs": 1}
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.label_backbone = args.label_backbone or args.backbone
+    return args
+
+
+def main(argv=None) -> dict:
+    """Run the command line; returns the summary."""
+    # torch's own use of it, in forward mode
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+    return run_seeds(parse_args(argv), train, "test_accuracy")
+
+
+# -------- Device and run folder: the same in every script -----------------------------------------
+
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def end_on_sigterm() -> None:
-    """On SIGTERM, end with one line and code 143. At once: an exception that is raised in a callback, a fork's say, is lost."""
-    run = os.getpid()
-
-    def end(*_):
-        if os.getpid() == run:  # not a loader's worker that was only just forked
-            os.write(2, f"{Path(__file__).name}: error: terminated; --resume continues after the last finished epoch\n".encode())
-        os._exit(143)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def number(kind, low, high=10**9):
     """An argparse type: a finite int or float from low to high, both included."""
 
     def convert(text):
-        with suppress(ValueError, OverflowError):
-            if math.isfinite(value := kind(text)) and low <= value <= high:
-                return value
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite {kind.__name__} from {low} to {high}")
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if low <= value <= high:
+            return value
+        wanted = f"a finite {kind.__name__} from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
 
     return convert
 
 
-def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
-    """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise InputError(f"unknown device {name!r}; known are auto, cpu, cuda and cuda:N")
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise InputError(f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    if cuda_graph and device.type != "cuda":
-        raise InputError("--cuda-graph needs a CUDA device")
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # whose streams and graphs are used
+def choose_device(name: str) -> torch.device:
+    """auto (CUDA if there is one), cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search are on."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name == "auto":
+        name = "cuda" if found else "cpu"
+    known = ["cpu", "cuda", *found] if found else ["cpu"]
+    if name not in known:
+        raise InputError(f"no device {name!r} here; there are {', '.join(known)}")
+    if name != "cpu":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    return device
-
-
-def capture(step, optimizers, enabled: bool):
-    """`step`, or if enabled a function that replays it as one CUDA graph, so that a step is one launch and not thousands.
-
-    step: takes tensors, or tuples and lists of them, whose shapes stay the same; returns a tuple of tensors; reads nothing from
-    the device. Three calls run as they are: optimisers make their state, cuDNN chooses its kernels. A graph holds all numbers
-    as they were, so another one is captured when a learning rate of `optimizers` has changed.
-    """
-    if not enabled:
-        return step
-    warnings.filterwarnings("ignore", message=".*capturable=True")  # said of the first calls, which run as they are
-    stream, held = torch.cuda.Stream(), {"calls": 0}
-
-    def tensors(nested):
-        parts = nested if isinstance(nested, tuple | list) else ()
-        return [nested] if isinstance(nested, torch.Tensor) else [t for part in parts for t in tensors(part)]
-
-    def replay(*inputs):
-        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-        held["calls"] += 1
-        if held["calls"] <= 3:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                outputs = step(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            return outputs
-        if held.get("rates") != rates:
-            held.update(rates=rates, graph=torch.cuda.CUDAGraph(), inputs=deepcopy(inputs))
-            with torch.cuda.graph(held["graph"], stream=stream, capture_error_mode="thread_local"):  # a loader has threads too
-                held["outputs"] = step(*held["inputs"])
-        for place, new in zip(tensors(held["inputs"]), tensors(inputs), strict=True):
-            place.copy_(new)
-        held["graph"].replay()
-        return [t.clone() for t in held["outputs"]]  # the next call overwrites them
-
-    return replay
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
+    return torch.device(name)
 
 
 def run_folder(args) -> Path:
-    """out-dir/SCRIPT-DATASET-METHOD-sSEED; of folder:PATH, PATH's last part. A run that is there is only ever resumed."""
-    dataset = f"folder-{Path(args.dataset[7:]).resolve().name}" if args.dataset.startswith("folder:") else args.dataset
-    folder = Path(args.out_dir) / f"{Path(__file__).stem}-{dataset}-{args.method}-s{args.seed}"
-    if not args.resume and any((folder / name).exists() for name in ("config.json", "metrics.jsonl", "last.pt")):
-        raise InputError(f"{folder} already holds a run; --resume continues it, another --out-dir starts a new one")
-    return folder
+    """OUT_DIR/SCRIPT-DATASET-METHOD-sSEED; of folder:PATH, PATH's last part."""
+    dataset = args.dataset
+    if dataset.startswith("folder:"):
+        dataset = f"folder-{Path(dataset[7:]).expanduser().resolve().name}"
+    name = f"{Path(__file__).stem}-{dataset}-{args.method}-s{args.seed}"
+    return Path(args.out_dir).expanduser() / name
+
+
+def holds_run(folder: Path, resume: bool) -> bool:
+    """Whether there is a run to go on with: one that has finished an epoch.
+
+    Raises InputError if there is one that is not to be resumed, or cannot be.
+    """
+    if not (folder / "last.pt").exists() and not (folder / "metrics.jsonl").exists():
+        return False
+    elsewhere = "another --out-dir starts a new one"
+    if not resume:
+        raise InputError(f"{folder} already holds a run; --resume continues it, {elsewhere}")
+    for name in ("last.pt", "config.json"):
+        if not (folder / name).exists():
+            raise InputError(f"{folder} holds a run that has lost its {name}; {elsewhere}")
+    return True
+
+
+def lock_folder(folder: Path):
+    """Keep other processes out until this one ends, or the file that is returned is closed."""
+    try:
+        import fcntl  # not on Windows, where nothing is locked
+    except ImportError:
+        return None
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another process is training the run in {folder}") from None
+    return file
 
 
 def open_run(args, device) -> Path:
-    """Make the run's folder and its config.json, or check that the run there had the same arguments."""
+    """Lock the run's folder and write its config.json, or see that its run had these arguments."""
+    config = {
+        "arguments": vars(args) | {"device": device.type},
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "command": " ".join(sys.argv),
+    }
     folder = run_folder(args)
-    path, arguments = folder / "config.json", json.loads(json.dumps(vars(args) | {"device": device.type}))
-    machine = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-               "threads": torch.get_num_threads(), "python": platform.python_version(),
-               "torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({"arguments": arguments, "machine": machine, "command": " ".join(sys.argv)}, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    args.lock = lock_folder(folder)
+    path = folder / "config.json"
+    if not holds_run(folder, args.resume):
+        write_text(path, json.dumps(config, indent=2) + "\n")
         return folder
+
     with reading(path):
-        before = json.loads(path.read_text())
-        known = arguments.keys() & before["arguments"].keys()  # an older run lacks newer flags
-        for name in sorted(known - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
-            if arguments[name] != (old := before["arguments"][name]):
-                raise InputError(f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}")
-        for name, value in machine.items():
-            if value != (old := before["machine"].get(name)):
-                print(f"note: {name} was {old} and is now {value}; numbers may differ in the last bits")
+        before = json.loads(path.read_text())["arguments"]
+        for name, value in config["arguments"].items():
+            may_differ = name in ("resume", "seeds", "data_root", "out_dir", "workers")
+            if before[name] != value and not may_differ:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{folder} was run with {flag} {before[name]}, not {value}")
     return folder
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Write a file whole or not at all: beside its place first, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(contents)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def save_checkpoint(folder: Path, state: dict, history: list[dict]) -> None:
-    """last.pt, then metrics.jsonl. state: by name, torch.Generators and whatever has a state_dict."""
-    checkpoint = {k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict() for k, v in state.items()}
-    checkpoint |= {"history": history, "rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state_all()}
-    torch.save(checkpoint, folder / "last.pt.tmp")
-    os.replace(folder / "last.pt.tmp", folder / "last.pt")
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_metrics(folder: Path, history: list[dict]) -> None:
+    """metrics.jsonl, a line an epoch."""
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
+def finish_epoch(folder: Path, state: dict, history: list[dict], began: float) -> None:
+    """Note the seconds since the last epoch `began`, then write last.pt and metrics.jsonl.
+
+    state: by name, whatever has a state_dict.
+    """
+    before = history[-2]["seconds"] if len(history) > 1 else 0.0
+    history[-1]["seconds"] = before + time.perf_counter() - began
+    checkpoint = {name: item.state_dict() for name, item in state.items()}
+    checkpoint["history"] = history
+    checkpoint["rng"] = torch.get_rng_state()
+    checkpoint["cuda_rng"] = torch.cuda.get_rng_state_all()
+    buffer = io.BytesIO()  # on a full disk, torch.save does not say what is wrong
+    torch.save(checkpoint, buffer)
+    write_bytes(folder / "last.pt", buffer.getbuffer())
+    write_metrics(folder, history)
+
+
 def load_checkpoint(folder: Path, state: dict) -> list[dict]:
-    """Bring `state` to the last finished epoch, cut metrics.jsonl back to it, return the metrics of its epochs."""
+    """Bring `state` to the last finished epoch and cut metrics.jsonl back to it.
+
+    Returns the metrics of the epochs so far.
+    """
     path = folder / "last.pt"
     if not path.exists():
         return []
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, item in state.items():
-            (item.set_state if isinstance(item, torch.Generator) else item.load_state_dict)(checkpoint[name])
+            item.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
         if len(checkpoint["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
-    write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in checkpoint["history"]))
+    write_metrics(folder, checkpoint["history"])
     return checkpoint["history"]
 
 
-def log_epoch(metrics: dict, epochs: int, names: tuple[str, ...]) -> None:
+def speed(images: int, began: float, device) -> dict:
+    """Images a second since `began`, and on CUDA the most memory so far, in MiB."""
+    figures = {"images_per_second": images / (time.perf_counter() - began)}
+    if device.type == "cuda":
+        figures["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return figures
+
+
+def check_finite(metrics: dict, *names: str) -> None:
+    """End with code 3 if one of these sums of the epoch is not finite; last.pt stays as it was."""
+    for name in names:
+        value = metrics.get(name, 0.0)
+        if not math.isfinite(value):
+            kept = "a checkpoint of the epoch before is kept"
+            fail(f"epoch {metrics['epoch']}: {name} is {value}; {kept}", code=3)
+
+
+def log_epoch(metrics: dict, *names: str) -> None:
     """Print an epoch's line, above the progress bar."""
-    values = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
-    tqdm.write(f"epoch {metrics['epoch']}/{epochs}  {values}  {metrics['images_per_second']:.0f} images/s  "
-               f"{metrics['milliseconds_per_step']:.1f} ms/step  {metrics['peak_memory_mib']:.0f} MiB")
+    names = ("epoch", *names, "images_per_second", "peak_memory_mib")
+    tqdm.write("  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics))
     sys.stdout.flush()  # for who follows a log file
 
 
-def peak_memory_mib(device) -> float:
-    """The most memory so far: what torch allocated on CUDA, the whole process's on the CPU (0 on Windows)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with suppress(ImportError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    return 0.0
-
-
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
-    """Write, print and return the summary: the metric at the end, over the last 15 epochs, and its best, chosen on test."""
+    """Write, print and return the summary of a run.
+
+    The metric at the end, its mean over the last 15 epochs, and its best, chosen on test.
+    """
     values = [line[metric] for line in history]
-    summary = {metric: values[-1], f"{metric}_last15": statistics.fmean(values[-15:]),
-               f"best_{metric}": best(values), "best_epoch": values.index(best(values)) + 1,
-               "epochs": len(values), "seconds": history[-1]["seconds"],
-               "images_per_second": statistics.median(line["images_per_second"] for line in history),
-               "peak_memory_mib": max(line["peak_memory_mib"] for line in history), "folder": str(folder)}
+    summary = {
+        metric: values[-1],
+        f"{metric}_last15": statistics.fmean(values[-15:]),
+        f"best_{metric}": best(values),
+        "best_epoch": values.index(best(values)) + 1,
+        "epochs": len(values),
+        "seconds": history[-1]["seconds"],
+        "images_per_second": statistics.median(line["images_per_second"] for line in history),
+        "folder": str(folder),
+    }
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"{metric} {values[-1]:.2f} after {len(values)} epochs in {summary['seconds']:.0f} s: {folder}")
+    print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
     return summary
 
 
 def run_seeds(args, train, metric: str) -> dict:
-    """Train once, or once for each of --seeds: mean, sample standard deviation and half the 95 % t interval."""
-    if args.seeds is None:
-        return train(args)
-    runs = [argparse.Namespace(**vars(args) | {"seed": seed}) for seed in dict.fromkeys(args.seeds)]
-    for run in runs:
-        run_folder(run)  # an error for the last one must not wait for the others to train
-    summaries = [train(run) for run in runs]
-    values = [summary[metric] for summary in summaries]
-    mean, std, half = statistics.fmean(values), math.nan, math.nan
-    if (df := len(values) - 1) > 0:
-        t = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # Student's 97.5 % quantiles
-        std = statistics.stdev(values)
-        half = (t[df - 1] if df <= len(t) else 1.96 + 2.4 / df + 2.9 / df**2) * std / math.sqrt(df + 1)
-    print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds, 95 % interval +- {half:.2f}: {args.out_dir}")
-    return {metric: mean, f"{metric}_std": std, f"{metric}_interval95": half, "runs": summaries}
-
-
-def plot(path: Path, x: list, curves: dict[str, list], xlabel: str) -> None:
-    """Draw the curves over x into a PNG."""
-    from matplotlib.figure import Figure  # optional package
-
-    axes = (figure := Figure()).subplots()
-    for name, values in curves.items():
-        axes.plot(x, values, label=name)
-    axes.set_xlabel(xlabel)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-# -------- Training ------------------------------------------------------------------------------------------------------
-
-def load_data(args):
-    """The image set, its training split, its auxiliary set or None, and which training labels are noise, bool (N,)."""
-    weights_of = args.backbone if args.pretrained else None
-    image_set = load_image_set(args.dataset, args.data_root, image_size=args.image_size, weights_of=weights_of)
-    generator = torch.Generator().manual_seed(args.seed)
-    train = image_set.train.take(stratified_subset(image_set.train.labels, args.train_fraction, generator))
-    train, aux_set = hold_out(train, args.aux_set, generator) if args.aux_set else (train, None)
-    train, noisy = corrupt_labels(train, args.label_noise, image_set.num_classes, generator)
-    return image_set, train, aux_set, noisy
-
-
-def build_networks(args, image_set, device):
-    """f and, for the methods that have one, g (else None)."""
-    psi = args.psi * (image_set.num_classes if len(args.psi) == 1 else 1)
-    if len(psi) != image_set.num_classes:
-        raise InputError(f"--psi has {len(psi)} numbers for the {image_set.num_classes} classes of {args.dataset}")
-    if args.method == "human" and image_set.hierarchy is None:
-        raise InputError(f"{args.dataset} has no human auxiliary labels; cifar100-3, -10, -20 and synthetic have")
-    num_auxiliary = {"single": 0, "human": sum(image_set.hierarchy or [])}.get(args.method, sum(psi))
-    primary = PrimaryNetwork(build_backbone(args.backbone, args.pretrained), image_set.num_classes, num_auxiliary)
-    label_network = None
-    if args.method in ("wamal", "maxl"):
-        pretrained = args.pretrained and (has_weights(args.label_backbone) or args.label_backbone == args.backbone)
-        label_network = LabelWeightNetwork(build_backbone(args.label_backbone, pretrained), psi)
-        check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
-    check_trunk(primary.trunk, args.backbone, image_set.image_size)
-    return [network and network.to(device) for network in (primary, label_network)]
-
-
-def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
-    """The optimiser of a network and its schedule, which takes a step an epoch."""
-    sgd, adam = {"momentum": momentum}, {"capturable": args.cuda_graph}
-    kinds = {"sgd": partial(torch.optim.SGD, **sgd), "adam": partial(torch.optim.Adam, **adam),
-             "adamw": partial(torch.optim.AdamW, **adam)}
-    optimizer = kinds[args.optimizer](network.parameters(), lr=lr, weight_decay=weight_decay)
-    if args.schedule == "cosine":
-        return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
-    return optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 50, 0.5 if args.schedule == "step" else 1.0)
-
-
-@torch.no_grad()
-def evaluate(primary, loader, autocast) -> dict:
-    """Accuracy in percent and mean focal loss on the test images, in eval mode."""
-    primary.eval()
-    correct, loss, n = 0, 0, 0
-    for x, y, _ in loader:
-        with autocast:
-            logits = primary(x)[0].float()
-        correct, loss, n = correct + (logits.argmax(1) == y).sum(), loss + focal_loss(logits, y).sum(), n + len(y)
-    primary.train()
-    return {"test_accuracy": 100 * float(correct) / n, "test_loss": float(loss) / n}
-
-
-def describe_weights(w, y, noisy, used, r: float, num_classes: int) -> dict:
-    """An epoch's figures on g: the weights w (N,) in [0, 1] that it gave to samples of classes y (N,), corrupted where noisy
-    (N,) says so; used (K,): whether an auxiliary class was some sample's top label. The shares at the bounds are w's."""
-    weight, levels = scale_weight(w.double(), r), torch.tensor([0, 0.05, 0.25, 0.5, 0.75, 0.95, 1], dtype=torch.float64)
-    groups = {"noisy": weight[noisy], "clean": weight[~noisy]} if noisy.any() else {}
-    return {
-        "weight_mean": float(weight.mean()),
-        "weight_quantiles_0_5_25_50_75_95_100": weight.quantile(levels).tolist(),
-        "share_at_lower_bound": float((w < 0.01).double().mean()),
-        "share_at_upper_bound": float((w > 0.99).double().mean()),
-        "labels_used": float(used.double().mean()),
-        "weight_mean_per_class": [float(weight[y == c].mean()) if (y == c).any() else None for c in range(num_classes)],
-    } | {f"weight_mean_{name}": float(values.mean()) for name, values in groups.items()}
-
-
-def train(args) -> dict:
-    """One run, from its last checkpoint if there is one. Returns the summary."""
-    device = choose_device(args.device, args.cuda_graph)
-    torch.manual_seed(args.seed)
-    image_set, train_split, aux_set, noisy = load_data(args)
-    primary, label_network = build_networks(args, image_set, device)
-    generator, aux_generator = (loader_generator(image_set, device, seed) for seed in (args.seed, args.seed + 1))
-    options = {"image_set": image_set, "batch_size": args.batch_size, "device": device, "workers": args.workers}
-    loader = make_loader(train_split, train=True, generator=generator, **options)
-    test_loader = make_loader(image_set.test, train=False, **options)
-    options["batch_size"] = min(args.batch_size, len(aux_set or []))
-    aux_loader = aux_set and make_loader(aux_set, train=True, generator=aux_generator, **options)
-    steps = min(len(loader), args.max_steps or len(loader))
-
-    optimizer, scheduler = build_optimizer(args, primary, args.lr, args.weight_decay, args.momentum)
-    state = {"primary": primary, "optimizer": optimizer, "scheduler": scheduler, "generator": generator}
-    if label_network is not None:
-        label_optimizer, label_scheduler = build_optimizer(args, label_network, args.label_lr, args.label_weight_decay)
-        state |= {"label_network": label_network, "label_optimizer": label_optimizer, "label_scheduler": label_scheduler,
-                  "aux_generator": aux_generator}
-    folder = open_run(args, device)
-    history = load_checkpoint(folder, state)
-
-    r = 0.0 if args.method == "maxl" else args.r  # r = 0: every weight is 1
-    human_labels = train_split.auxiliary.to(device) if args.method == "human" else None
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.amp == "bf16", cache_enabled=False)
-    print(f"{args.method} on {args.dataset}: {len(train_split)} training images, {steps} steps a phase, {args.backbone}, "
-          f"{'CUDA with TF32' if device.type == 'cuda' else 'CPU'}, amp {args.amp}, seed {args.seed}")
-
-    def primary_round(x, y, labels=None, cosines=None):
-        """A step of phase 1, its loss and hits; with g each sample's w and top label too. cosines: append theirs to it."""
-        weight, made = 1.0, ()
-        with autocast:
-            if label_network is not None:
-                with torch.no_grad():
-                    labels, w = label_network(x, y)
-                weight, made = auxiliary_weight(w, r, args.weighting, args.normalize_weights), (w, labels.argmax(dim=1))
-            if cosines is not None and labels is not None:
-                cosines.append(gradient_cosine(primary, x, y, labels, weight))
-            loss, logits = primary_step(primary, optimizer, x, y, labels, weight)
-        return loss, (logits.argmax(dim=1) == y).sum(), *made
-
-    def label_round(x, y, *upper):
-        """A step of phase 2. Returns the hypergradient's norm."""
-        options = {"lr": optimizer.param_groups[0]["lr"], "r": r, "entropy_weight": args.entropy_weight}
-        options |= {"weighting": args.weighting, "normalize": args.normalize_weights, "upper": upper or None}
-        with autocast:
-            return (label_step(primary, label_network, label_optimizer, x, y, **options),)
-
-    primary_graph = capture(primary_round, [optimizer], args.cuda_graph)
-    label_graph = label_round
-    if label_network is not None:  # the tangent pass takes dropout's masks again, by way of the host
-        drops = args.cuda_graph and draws_random_numbers(primary.trunk, image_set.image_size)
-        label_graph = capture(label_round, [optimizer, label_optimizer], args.cuda_graph and not drops)
-
-    for epoch in range(len(history), args.epochs):
-        began, taken = time.perf_counter(), steps * (1 if label_network is None else 2)
-        progress = tqdm(total=taken, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None)
-        loss_sum = correct = norm_sum = torch.zeros((), device=device)
-        first_bad = torch.full((), taken, device=device)  # the first step, over both phases, that was not finite
-        used = torch.zeros(0 if label_network is None else label_network.label_head[-1].out_features, device=device)
-        indices, weights, cosines = [], [], []
-
-        # Phase 1: an epoch on theta with phi fixed (Alg. 1, lines 5 to 10)
-        for step, (x, y, index) in enumerate(islice(loader, steps)):
-            labels = () if human_labels is None else (human_labels[index],)
-            take_step = partial(primary_round, cosines=cosines) if step < args.cosine_batches else primary_graph
-            loss, hits, *made = take_step(x, y, *labels)
-            loss_sum, correct = loss_sum + loss, correct + hits
-            if made:
-                w, top = made
-                used.scatter_(0, top, 1.0)
-                weights.append(w)
-                indices.append(index)
-            first_bad = torch.where(loss.isfinite(), first_bad, first_bad.clamp(max=step))
-            progress.update()
-
-        # Phase 2: an epoch on phi with theta fixed (lines 11 to 17)
-        if label_network is not None:
-            uppers = repeat(()) if aux_loader is None else ((x, y) for x, y, _ in chain.from_iterable(repeat(aux_loader)))
-            for step, ((x, y, _), upper) in enumerate(zip(islice(loader, steps), uppers, strict=False)):
-                (norm,) = label_graph(x, y, *upper)
-                norm_sum = norm_sum + norm
-                first_bad = torch.where(norm.isfinite(), first_bad, first_bad.clamp(max=steps + step))
-                progress.update()
-
-        # The epoch's figures: its only reads from the device
-        progress.close()
-        bad, seconds = int(first_bad), time.perf_counter() - began  # in this order: the read waits for the device
-        test = evaluate(primary, test_loader, autocast)
-        values = [v for n in (primary, label_network) if n is not None for v in n.state_dict().values() if v.is_floating_point()]
-        if bad < taken or not math.isfinite(test["test_loss"]) or not torch.stack([v.isfinite().all() for v in values]).all():
-            bad = min(bad, taken - 1)  # the last step's loss may have been finite still
-            fail(f"epoch {epoch + 1}: the {'primary' if bad < steps else 'label'} network's loss is not finite from step "
-                 f"{bad % steps + 1} on; a checkpoint of the epoch before is kept", code=3)
-        metrics = {"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], "loss": float(loss_sum) / steps,
-                   "train_accuracy": 100 * float(correct) / (steps * args.batch_size)}
-        if label_network is not None:
-            index, w = torch.cat(indices).cpu(), torch.cat(weights).float().cpu()
-            metrics["label_lr"], metrics["hypergradient_norm"] = label_optimizer.param_groups[0]["lr"], float(norm_sum) / steps
-            metrics |= describe_weights(w, train_split.labels[index], noisy[index], used.cpu(), r, image_set.num_classes)
-            label_scheduler.step()
-        metrics |= {"gradient_cosine": float(torch.stack(cosines).mean())} if cosines else {}
-        scheduler.step()
-        metrics |= test | {"images_per_second": taken * args.batch_size / seconds, "milliseconds_per_step": 1000 * seconds / taken,
-                    "peak_memory_mib": peak_memory_mib(device),
-                    "seconds": (history[-1]["seconds"] if history else 0.0) + time.perf_counter() - began}
-        history.append(metrics)
-        save_checkpoint(folder, state, history)
-        log_epoch(metrics, args.epochs, ("loss", "train_accuracy", "test_accuracy", "weight_mean", "labels_used"))
-    if args.plot:
-        curves = {name: [line[name] for line in history] for name in ("train_accuracy", "test_accuracy")}
-        plot(folder / "curves.png", [line["epoch"] for line in history], curves, "epoch")
-    return summarize(folder, history, "test_accuracy")
-
-
-# -------- What the paper shows, from finished runs ----------------------------------------------------------------------
-
-@torch.no_grad()
-def analyze(args) -> dict:
-    """Figs. 3 and 11 and 6.2.3: the weights that a run's g gives to its training images, without augmentation and in eval
-    mode, so that an image's weight does not depend on its neighbours."""
-    folder = Path(args.analyze)
-    with reading(folder / "config.json"):
-        arguments = json.loads((folder / "config.json").read_text())["arguments"]
-        run = argparse.Namespace(**vars(parse_args([])) | arguments)
-    if run.method != "wamal":
-        raise InputError(f"{folder} is a run of {run.method}, which learns no weights")
-    run.data_root = run.data_root if args.data_root == "data" else args.data_root
-    image_set, split, _, _ = load_data(run)
-    device = choose_device(args.device)
-    _, label_network = build_networks(run, image_set, device)
-    with reading(folder / "last.pt"):
-        label_network.load_state_dict(torch.load(folder / "last.pt", map_location="cpu", weights_only=True)["label_network"])
-    label_network.eval()
-    options = {"image_set": image_set, "batch_size": run.batch_size, "device": device, "workers": args.workers, "train": False}
-    w = torch.cat([label_network(x, y)[1] for x, y, _ in make_loader(split, **options)]).cpu()
-    out = folder / "analysis"
-    out.mkdir(exist_ok=True)
-    counts = w.histc(20, 0, 1).int().tolist()  # of Fig. 11
-    bars = [f"{i / 20:.2f}-{(i + 1) / 20:.2f} {n:7d} {'#' * round(60 * n / max(counts))}\n" for i, n in enumerate(counts)]
-    write_text(out / "weight_histogram.txt", "w before Eq. 10, training images\n" + "".join(bars))
-    classes = {name: w[split.labels == c] for c, name in enumerate(image_set.classes)}
-    table = [f"{scale_weight(u, run.r).mean():11.4f}   {u.mean():.4f}   {name}\n" for name, u in classes.items()]
-    write_text(out / "weight_per_class.txt", "mean weight   mean w   class\n" + "".join(table))
-    for name, largest in (("highest", True), ("lowest", False)):
-        loader = make_loader(split.take(w.topk(min(64, len(w)), largest=largest).indices), **options)
-        images = torch.cat([(x * loader.std + loader.mean) / 255 for x, _, _ in loader])
-        torchvision.utils.save_image(images, out / f"{name}_weights.png", nrow=8)
-    if args.plot:
-        plot(out / "weight_histogram.png", [(i + 0.5) / 20 for i in range(20)], {"training images": counts}, "w before Eq. 10")
-    print(f"mean w {w.mean():.4f}: {out}")
-    return {"mean_w": float(w.mean()), "histogram": counts, "folder": str(out)}
-
-
-def main(argv=None) -> dict:
-    """Run the command line; returns the summary."""
-    args = parse_args(argv)
-    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)  # torch's own, in forward mode
+    """Train once for each of --seeds. Of several: the metric's mean and standard deviation."""
     try:
-        if args.plot:
-            import matplotlib.figure  # noqa: F401 - if it is missing, say so now and not after the last epoch
-        return analyze(args) if args.analyze is not None else run_seeds(args, train, "test_accuracy")
-    except ModuleNotFoundError as error:
-        fail(f"this needs the package {error.name}: pip install {error.name}")
+        runs = [argparse.Namespace(**vars(args), seed=seed) for seed in dict.fromkeys(args.seeds)]
+        for run in runs:  # an error for the last one must not wait for the others to train
+            holds_run(run_folder(run), run.resume)
+        summaries = [train(run) for run in runs]
     except (InputError, OSError) as error:
         fail(error)
+    except (RuntimeError, MemoryError) as error:
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        if wanted is None:
+            raise
+        fail(f"out of memory: {wanted[1]} more were asked for; a smaller --batch-size takes less")
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)
+    if len(runs) == 1:
+        return summaries[0]
+
+    values = [summary[metric] for summary in summaries]
+    mean = statistics.fmean(values)
+    std = statistics.stdev(values)
+    print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds: {args.out_dir}")
+    return {metric: mean, f"{metric}_std": std, "runs": summaries}
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
     main()

@@ -1,13 +1,21 @@
-"""What the tests share: the scripts are importable, runs are small, and real data is looked for in $AUX_DATA."""
+"""What the tests share: importable scripts, one thread, data made once, real data in $AUX_DATA."""
 
+import functools
 import os
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402 - found through the line above
+
+torch.set_num_threads(1)  # two workers share two cores, and tiny operations only wait on threads
+common.make_synthetic = functools.cache(common.make_synthetic)
+common.make_scenes = functools.cache(common.make_scenes)
 
 
 @pytest.fixture

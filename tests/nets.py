@@ -1,4 +1,7 @@
-"""Small classifiers that the tests put into the scripts the way a user would: --backbone tests/nets.py:mlp."""
+"""Small classifiers that the tests put into the scripts the way a user would.
+
+--backbone tests/nets.py:mlp
+"""
 
 import torch
 import torch.nn as nn
@@ -6,54 +9,91 @@ import torchvision
 
 
 def mlp() -> nn.Module:
-    """Two layers on 8x8 averages of the image: the whole claim of a method runs in a second or two."""
+    """Two layers on 8x8 averages of the image: a method's whole claim runs in a second or two."""
     return nn.Sequential(
-        nn.AvgPool2d(4), nn.Flatten(), nn.Linear(3 * 8 * 8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10)
+        nn.AvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(3 * 8 * 8, 64),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Linear(64, 10),
     )
 
 
 def smooth() -> nn.Module:
     """Softplus and average pooling: smooth enough for central differences."""
     return nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2), nn.BatchNorm2d(6), nn.Softplus(), nn.AvgPool2d(3), nn.Flatten(), nn.LazyLinear(10)
+        nn.Conv2d(3, 6, 3, stride=2),
+        nn.BatchNorm2d(6),
+        nn.Softplus(),
+        nn.AvgPool2d(3),
+        nn.Flatten(),
+        nn.LazyLinear(10),
     )
+
+
+class Residual(nn.Module):
+    """A residual branch that is dropped for half of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.depth = torchvision.ops.StochasticDepth(0.5, "row")
+
+    def forward(self, x):
+        return x + self.depth(self.conv(x).relu())
 
 
 def dropout() -> nn.Module:
     """Every kind of random layer: Dropout, Dropout2d and stochastic depth."""
-
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.depth = nn.Conv2d(8, 8, 3, padding=1), torchvision.ops.StochasticDepth(0.5, "row")
-
-        def forward(self, x):
-            return x + self.depth(self.conv(x).relu())
-
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.Dropout2d(0.3), Residual(),
-        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(32, 10),
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.Dropout2d(0.3),
+        Residual(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.3),
+        nn.Linear(32, 10),
+    )
 
 
 def small_vit() -> nn.Module:
-    """A ViT for 32x32 with dropout on tokens and on attention. Its class token and head start at values that are not 0."""
+    """A ViT for 32x32 with dropout on tokens and on attention.
+
+    Its class token and head start at values that are not 0.
+    """
     net = torchvision.models.VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, dropout=0.1, attention_dropout=0.1
+        image_size=32,
+        patch_size=8,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=16,
+        mlp_dim=32,
+        dropout=0.1,
+        attention_dropout=0.1,
     )
     torch.nn.init.normal_(net.class_token, std=0.02)
     return net
 
 
+def for_64_pixels() -> nn.Module:
+    """Takes images of 64x64 pixels and no others."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 8), nn.ReLU(), nn.Linear(8, 10))
+
+
+class LinearFirst(nn.Module):
+    """Registers its classification layer before the layer that feeds it."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = nn.Linear(16, 10)
+        self.features = nn.Linear(3 * 32 * 32, 16)
+
+    def forward(self, x):
+        return self.classifier(self.features(x.flatten(1)))
+
+
 def linear_first() -> nn.Module:
-    """Registers its classification layer before the layer that feeds it: the wrapper must say so."""
-
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.classifier, self.features = nn.Linear(16, 10), nn.Linear(3 * 32 * 32, 16)
-
-        def forward(self, x):
-            return self.classifier(self.features(x.flatten(1)))
-
-    return Net()
+    """A network that the wrapper has to refuse."""
+    return LinearFirst()

@@ -25,6 +25,8 @@ import importlib.util
 import itertools
 import math
 import pickle
+import signal
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -62,13 +64,23 @@ def reading(path: Path):
     except ImportError as error:
         hint = f"pip install {error.name}"
         raise InputError(f"reading {path} needs the package {error.name}: {hint}") from error
+    except KeyError as error:
+        raise InputError(f"cannot read {path}: there is no {error} in it") from error
+    except pickle.UnpicklingError as error:  # torch's message is advice to run what is in the file
+        raise InputError(f"cannot read {path}: it is damaged, or another kind of file") from error
     except Exception as error:  # pickles, archives and images fail in a dozen ways: damaged files
         raise InputError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:
-    """The error's message on one line, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The error's message on one line: its type where it has none, the beginning of a list."""
+    lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    message = " ".join(lines[:2])
+    if len(lines) > 2:
+        message += f" (and {len(lines) - 2} more)"
+    return message
 
 
 def ensure_files(name: str, files: list[Path], download: Callable[[], object], hint: str) -> None:
@@ -137,6 +149,49 @@ class ImageSet:
         return len(self.classes)
 
 
+def make_split(
+    path: Path,
+    images: torch.Tensor | list[Path],
+    labels,
+    num_classes: int,
+    shape: tuple[int, ...] = (3, 32, 32),
+) -> Split:
+    """The split that the file `path` describes.
+
+    images: uint8 (N, *shape), or N files.  labels: N whole numbers from 0 to num_classes - 1, in
+    an array or a list. Raises InputError, which names the file, if they are something else.
+    """
+    labels = class_indices(path, labels, num_classes)
+    if len(labels) == 0:
+        raise InputError(f"{path} holds no images")
+    if len(labels) != len(images):
+        raise InputError(f"{path}: {len(labels)} labels for {len(images)} images")
+    if isinstance(images, torch.Tensor):
+        found = tuple(images.shape[1:])
+        if images.dtype != torch.uint8 or found != shape:
+            kind = str(images.dtype).removeprefix("torch.")
+            raise InputError(f"{path}: its images are {kind} {found}, not uint8 {shape}")
+    return Split(images, labels)
+
+
+def class_indices(path: Path, values, num_classes: int) -> torch.Tensor:
+    """The labels in the file `path` as int64 (N,): whole numbers from 0 to num_classes - 1."""
+    values = torch.as_tensor(values, dtype=torch.float64).flatten()
+    wrong = ~((values >= 0) & (values < num_classes) & (values == values.round()))
+    if wrong.any():
+        known = f"labels are whole numbers from 0 to {num_classes - 1}"
+        raise InputError(f"{path}: a label is {values[wrong][0]:g}; {known}")
+    return values.long()
+
+
+def names_by_label(path: Path, names: dict[int, str]) -> list[str]:
+    """The classes' names in the order of their labels, which the file `path` counts from 1."""
+    for label in range(len(names)):
+        if label not in names:
+            raise InputError(f"{path}: class {label + 1} has no images")
+    return [names[label] for label in range(len(names))]
+
+
 # CIFAR-100's 20 coarse classes (alphabetical ids) under 10 and those under 3: MAXL's supplement,
 # Table 1.
 CIFAR100_LEVEL_10 = {
@@ -192,7 +247,7 @@ def load_image_set(
 
     Raises InputError: unknown name, missing data that cannot be downloaded, damaged file.
     """
-    root = Path(root)
+    root = Path(root).expanduser()
     if aux_level is not None and not name.startswith("cifar100-"):
         raise InputError(f"{name}: only the cifar100-N sets have auxiliary levels")
 
@@ -211,7 +266,7 @@ def load_image_set(
     elif name == "cub200":
         image_set = load_cub200(root)
     elif name.startswith("folder:") and name != "folder:":
-        image_set = load_folder(Path(name.removeprefix("folder:")))
+        image_set = load_folder(Path(name.removeprefix("folder:")).expanduser())
     else:
         raise InputError(f"unknown dataset {name!r}; the sets are {', '.join(IMAGE_SETS)}")
 
@@ -246,15 +301,39 @@ def preprocess_files(
     )
 
 
+class ArrayUnpickler(pickle.Unpickler):
+    """Reads lists, dicts and numpy's arrays, and runs nothing: a pickle may name any function."""
+
+    ALLOWED = (
+        ("_codecs", "encode"),
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy._core.numeric", "_frombuffer"),
+    )
+
+    def find_class(self, module, name):
+        if (module, name) not in self.ALLOWED:
+            raise InputError(f"it asks for {module}.{name}, which no data need")
+        return super().find_class(module, name)
+
+
 def unpickle(path: Path) -> dict:
     """The dict in one of CIFAR's pickle files."""
     with reading(path), open(path, "rb") as file:
-        return pickle.load(file, encoding="latin1")
+        try:
+            return ArrayUnpickler(file, encoding="latin1").load()
+        except InputError as error:
+            raise InputError(f"cannot read {path}: {error}") from None
 
 
-def cifar_images(data: np.ndarray) -> torch.Tensor:
-    """CIFAR's rows (N, 3072) as uint8 images (N, 3, 32, 32)."""
-    return torch.from_numpy(np.ascontiguousarray(data)).reshape(-1, 3, 32, 32)
+def cifar_split(path: Path, part: dict, labels: str, num_classes: int) -> Split:
+    """What the file `path` holds: rows of 3072 bytes, and the labels of that name."""
+    with reading(path):
+        images = torch.from_numpy(np.ascontiguousarray(part["data"]))
+        images = images.unflatten(1, (3, 32, 32))
+        return make_split(path, images, part[labels], num_classes)
 
 
 def load_cifar10(root: Path) -> ImageSet:
@@ -269,16 +348,16 @@ def load_cifar10(root: Path) -> ImageSet:
         f"unpack cifar-10-python.tar.gz in {root}",
     )
 
-    splits = []
-    for files in (train_files, [test_file]):
-        parts = [unpickle(file) for file in files]
-        with reading(files[0]):
-            images = cifar_images(np.concatenate([part["data"] for part in parts]))
-            labels = torch.cat([torch.tensor(part["labels"]) for part in parts])
-            splits.append(Split(images, labels))
     meta = unpickle(meta_file)
     with reading(meta_file):
-        return ImageSet("cifar10", list(meta["label_names"]), *splits)
+        classes = list(meta["label_names"])
+    splits = []
+    for files in (train_files, [test_file]):
+        parts = [cifar_split(file, unpickle(file), "labels", len(classes)) for file in files]
+        images = torch.cat([part.images for part in parts])
+        labels = torch.cat([part.labels for part in parts])
+        splits.append(Split(images, labels))
+    return ImageSet("cifar10", classes, *splits)
 
 
 def load_cifar100(root: Path, level: int, aux_level: int | None) -> ImageSet:
@@ -290,8 +369,9 @@ def load_cifar100(root: Path, level: int, aux_level: int | None) -> ImageSet:
     train, test, meta = [unpickle(file) for file in files]
 
     with reading(files[0]):
+        fine = class_indices(files[0], train["fine_labels"], 100)
         coarse_of_fine = torch.zeros(100, dtype=torch.long)
-        coarse_of_fine[torch.tensor(train["fine_labels"])] = torch.tensor(train["coarse_labels"])
+        coarse_of_fine[fine] = class_indices(files[0], train["coarse_labels"], 20)
         parents = cifar100_parents(coarse_of_fine)
     has_auxiliary = level < 100 or aux_level is not None
     hierarchy = None
@@ -301,10 +381,10 @@ def load_cifar100(root: Path, level: int, aux_level: int | None) -> ImageSet:
 
     splits = []
     for path, part in ((files[0], train), (files[1], test)):
-        with reading(path):
-            fine = torch.tensor(part["fine_labels"])
-            auxiliary = parents[aux_level][fine] if has_auxiliary else None
-            splits.append(Split(cifar_images(part["data"]), parents[level][fine], auxiliary))
+        split = cifar_split(path, part, "fine_labels", 100)
+        fine = split.labels
+        auxiliary = parents[aux_level][fine] if has_auxiliary else None
+        splits.append(Split(split.images, parents[level][fine], auxiliary))
     with reading(files[2]):
         names = {
             3: CIFAR100_LEVEL_3,
@@ -312,7 +392,10 @@ def load_cifar100(root: Path, level: int, aux_level: int | None) -> ImageSet:
             20: meta["coarse_label_names"],
             100: meta["fine_label_names"],
         }
-        return ImageSet(f"cifar100-{level}", list(names[level]), *splits, hierarchy=hierarchy)
+        classes = list(names[level])
+    if len(classes) != level:
+        raise InputError(f"{files[2]} names {len(classes)} classes, not {level}")
+    return ImageSet(f"cifar100-{level}", classes, *splits, hierarchy=hierarchy)
 
 
 def cifar100_parents(coarse_of_fine: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -382,8 +465,8 @@ def load_svhn(root: Path) -> ImageSet:
         with reading(path):
             mat = loadmat(path)
             images = torch.from_numpy(np.ascontiguousarray(mat["X"].transpose(3, 2, 0, 1)))
-            labels = torch.from_numpy(mat["y"].astype(np.int64)).reshape(-1) % 10  # 10 means 0
-            splits.append(Split(images, labels))
+            labels = class_indices(path, mat["y"], 11) % 10  # 10 means 0
+            splits.append(make_split(path, images, labels, 10))
     return ImageSet(
         "svhn",
         [str(digit) for digit in range(10)],
@@ -404,20 +487,23 @@ def load_oxford_pet(root: Path) -> ImageSet:
         f"unpack images.tar.gz and annotations.tar.gz in {folder}",
     )
 
-    splits = []
-    class_names = {}
+    tables = []
     for path in lists:
         with reading(path):
             lines = [line for line in path.read_text().splitlines() if line]
             rows = [line.split() for line in lines if not line.startswith("#")]
-            labels = [int(row[1]) - 1 for row in rows]
-            for label, row in zip(labels, rows, strict=True):
-                class_names[label] = row[0].rsplit("_", 1)[0]  # great_dane_7: image 7 of its class
-            images = [folder / "images" / f"{row[0]}.jpg" for row in rows]
-            splits.append(Split(images, torch.tensor(labels)))
-    with reading(lists[0]):
-        classes = [class_names[label] for label in range(len(class_names))]
-        return ImageSet("oxford-pet", classes, *splits)
+            tables.append([(row[0], int(row[1]) - 1) for row in rows])
+    class_names = {}
+    for name, label in tables[0]:
+        class_names[label] = name.rsplit("_", 1)[0]  # great_dane_7: image 7 of its class
+    classes = names_by_label(lists[0], class_names)
+
+    splits = []
+    for path, table in zip(lists, tables, strict=True):
+        images = [folder / "images" / f"{name}.jpg" for name, _ in table]
+        labels = [label for _, label in table]
+        splits.append(make_split(path, images, labels, len(classes)))
+    return ImageSet("oxford-pet", classes, *splits)
 
 
 def load_food101(root: Path) -> ImageSet:
@@ -433,8 +519,9 @@ def load_food101(root: Path) -> ImageSet:
     for path in lists:
         with reading(path):
             names = path.read_text().split()
-            labels = torch.tensor([classes.index(name.split("/")[0]) for name in names])
-            splits.append(Split([folder / "images" / f"{name}.jpg" for name in names], labels))
+            labels = [classes.index(name.split("/")[0]) for name in names]
+        images = [folder / "images" / f"{name}.jpg" for name in names]
+        splits.append(make_split(path, images, labels, len(classes)))
     return ImageSet("food101", classes, *splits)
 
 
@@ -469,16 +556,23 @@ def load_cub200(root: Path) -> ImageSet:
     class_of = read_cub200_column(folder / "image_class_labels.txt")
     part_of = read_cub200_column(folder / "train_test_split.txt")
 
-    with reading(folder / "image_class_labels.txt"):
-        ids = sorted(name_of)
-        labels = torch.tensor([int(class_of[i]) - 1 for i in ids])
+    path = folder / "image_class_labels.txt"
+    ids = sorted(name_of)
+    with reading(path):
+        labels = [int(class_of[i]) - 1 for i in ids]
+    with reading(folder / "train_test_split.txt"):
         is_train = torch.tensor([part_of[i] == "1" for i in ids])
-        everything = Split([folder / "images" / name_of[i] for i in ids], labels)
-        class_names = {int(class_of[i]) - 1: name_of[i].split("/")[0] for i in ids}
-        classes = [class_names[label] for label in range(len(class_names))]
+    class_names = {}
+    for i, label in zip(ids, labels, strict=True):
+        class_names[label] = name_of[i].split("/")[0]
+    classes = names_by_label(path, class_names)
 
+    images = [folder / "images" / name_of[i] for i in ids]
+    everything = make_split(path, images, labels, len(classes))
     train = everything.take(is_train.nonzero()[:, 0])
     test = everything.take((~is_train).nonzero()[:, 0])
+    if len(train) == 0 or len(test) == 0:
+        raise InputError(f"{folder / 'train_test_split.txt'} leaves one part without images")
     return ImageSet("cub200", classes, train, test)
 
 
@@ -797,6 +891,11 @@ class ImageFiles(Dataset):
             return self.transform(image), index
 
 
+def ignore_interrupts(worker: int) -> None:
+    """Ctrl-C goes to all processes of a terminal: the one that trains ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class SeededBatches:
     """A batch sampler for ImageFiles: lists of (index, seed) from `keys`, (index, 0) at first.
 
@@ -846,6 +945,7 @@ class FileLoader(SeededLoader):
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=train and workers > 0,
+            worker_init_fn=ignore_interrupts,
             generator=torch.Generator(),  # its own draws must not move the run's generators
         )
 
@@ -956,9 +1056,9 @@ def load_scene_set(
     if name == "synthetic-scenes":
         return make_scenes(height=size[0], width=size[1])
     if name == "nyuv2":
-        return load_nyuv2(Path(root))
+        return load_nyuv2(Path(root).expanduser())
     if name == "nyuv2-40":
-        return load_nyuv2_40(Path(root))
+        return load_nyuv2_40(Path(root).expanduser())
     known = ", ".join(SCENE_SETS + SCENE_SETS_WITHOUT_DEPTH)
     raise InputError(f"unknown dataset {name!r}; the scene sets are {known}")
 
@@ -1175,7 +1275,12 @@ def load_nyuv2(root: Path) -> SceneSet:
             raise InputError(f"nyuv2: no {folder / 'image'}/*.npy; {hint}")
         fields = []
         for kind in ("image", "label", "depth", "normal"):
-            fields.append(read_arrays([folder / kind / name for name in names], kind))
+            field = read_arrays([folder / kind / name for name in names], kind)
+            fields.append(field)
+            size = tuple(field.shape[-2:])
+            if size != tuple(fields[0].shape[-2:]):
+                theirs = f"the images have {tuple(fields[0].shape[-2:])}"
+                raise InputError(f"{folder / kind}: {size} pixels; {theirs}")
         splits.append(SceneSplit(*fields))
     return SceneSet("nyuv2", NYUV2_CLASSES, *splits)
 
@@ -1190,21 +1295,33 @@ def read_arrays(paths: list[Path], kind: str) -> torch.Tensor:
                 scene = scene.movedim(2, 0)
             else:
                 scene = scene.reshape(scene.shape[:2])
+            check_range(scene, kind)
+            check_shape(scene, scenes)
             if kind == "image":
                 scene = (scene * 255).round().to(torch.uint8)
             if kind == "label":
-                check_classes(scene, len(NYUV2_CLASSES))
                 scene = scene.to(torch.int8)
-            check_shape(scene, scenes)
         scenes.append(scene)
     return torch.stack(scenes)
 
 
-def check_classes(labels: torch.Tensor, num_classes: int) -> None:
-    low, high = labels.min(), labels.max()
-    if low < -1 or high >= num_classes:
-        allowed = f"not from -1 to {num_classes - 1}"
-        raise ValueError(f"its classes go from {low:.0f} to {high:.0f}, {allowed}")
+SCENE_RANGES = {
+    "image": (0, 1),
+    "label": (-1, len(NYUV2_CLASSES) - 1),
+    "depth": (0, math.inf),
+    "normal": (-math.inf, math.inf),
+}
+
+
+def check_range(scene: torch.Tensor, kind: str) -> None:
+    """Refuse values of nyuv2's files that are not finite, or out of range; labels are whole."""
+    low, high = SCENE_RANGES[kind]
+    inside = scene.isfinite() & (scene >= low) & (scene <= high)
+    if kind == "label":
+        inside = inside & (scene == scene.round())
+    if not inside.all():
+        value = scene[~inside][0]
+        raise ValueError(f"a value is {value:g}, not from {low:g} to {high:g}")
 
 
 def check_shape(scene: torch.Tensor, others: list[torch.Tensor]) -> None:
@@ -1472,7 +1589,8 @@ def load_movielens(root: str | Path = "data", keep_threes: bool = False) -> Rati
     The fields are movie, its first genre, user, gender, age and occupation. Ratings are 1 to 5;
     those of 3 are dropped unless `keep_threes`, as in MAOAL's code.
     """
-    folder = Path(root) / "ml-1m"
+    root = Path(root).expanduser()
+    folder = root / "ml-1m"
     files = [folder / "ratings.dat", folder / "users.dat", folder / "movies.dat"]
 
     def download():
@@ -1488,8 +1606,10 @@ def load_movielens(root: str | Path = "data", keep_threes: bool = False) -> Rati
 
     with reading(files[0]):
         user_ids, movie_ids, y = ratings.astype(int).T
-        user = rows_of(user_ids, users)
-        movie = rows_of(movie_ids, movies)
+        if y.min() < 1 or y.max() > 5:
+            raise ValueError(f"its ratings go from {y.min()} to {y.max()}, not from 1 to 5")
+        user = rows_of(user_ids, users, files[1])
+        movie = rows_of(movie_ids, movies, files[2])
     first_genres = np.array([genres.split("|")[0] for genres in movies[:, 2]])
 
     fields = [(movies[:, 0], movie), (first_genres, movie)]
@@ -1512,12 +1632,17 @@ def read_movielens_table(path: Path, columns: int) -> np.ndarray:
     with reading(path):
         lines = [line for line in path.read_text(encoding="latin-1").splitlines() if line]
         rows = [line.split("::")[:columns] for line in lines]
+        if not rows:
+            raise InputError(f"{path} is empty")
         return np.array(rows).reshape(len(rows), columns)
 
 
-def rows_of(ids: np.ndarray, table: np.ndarray) -> list[int]:
-    """The table's row of each id; the table's first column holds the ids."""
+def rows_of(ids: np.ndarray, table: np.ndarray, path: Path) -> list[int]:
+    """The table's row of each id; the first column of the table, read from `path`, has the ids."""
     row_of = {int(key): row for row, key in enumerate(table[:, 0])}
+    unknown = set(ids.tolist()) - row_of.keys()
+    if unknown:
+        raise InputError(f"{path} has no line for {min(unknown)}, which is in the ratings")
     return [row_of[key] for key in ids.tolist()]
 
 
@@ -1633,6 +1758,14 @@ class TaskSet:
     num_outputs: list[int]  # of each task, 1 for two classes and one sigmoid
     num_inputs: list[int] | None = None  # features of each task; None: all x are of one shape
 
+    def __post_init__(self):
+        for part, samples in (("training", self.train), ("test", self.test)):
+            if samples is None:
+                continue
+            for name, count in zip(self.names, samples.counts.tolist(), strict=False):
+                if count == 0:
+                    raise InputError(f"the task {name} has no {part} samples")
+
 
 def join(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> Samples:
     """The samples (x, y) of several tasks; vectors of features get zeros at their end."""
@@ -1705,8 +1838,7 @@ def load_mnist_pairs(
     """
     if names is not None:
         check_names("mnist", names)
-    folder = Path(root) / "MNIST" / "raw"
-    train_images, train_labels, test_images, test_labels = read_mnist(root, folder)
+    train_split, test_split = read_mnist(Path(root).expanduser())
     generator = torch.Generator().manual_seed(seed)
     if names is None:
         pairs = [torch.randperm(10, generator=generator)[:2].sort().values for _ in range(count)]
@@ -1718,35 +1850,44 @@ def load_mnist_pairs(
         pair = [int(digit) for digit in name.split("-")]
         bound = math.sqrt(6 / (784 + width))  # Glorot
         encoder = (2 * torch.rand(784, width, generator=generator) - 1) * bound
-        with reading(folder):  # images and labels may not fit each other
-            train.append(encode_pair(train_images, train_labels, pair, encoder))
-            test.append(encode_pair(test_images, test_labels, pair, encoder))
+        train.append(encode_pair(train_split, pair, encoder))
+        test.append(encode_pair(test_split, pair, encoder))
     return TaskSet(names, join(train), join(test), num_outputs=[1] * len(names))
 
 
-def read_mnist(root: str | Path, folder: Path) -> list[torch.Tensor]:
-    """Training images uint8 (N, 28, 28) and labels (N,), then those of the test set."""
-    files = []
+def read_mnist(root: Path) -> list[Split]:
+    """The training and the test split, images uint8 (N, 28, 28)."""
+    folder = root / "MNIST" / "raw"
+    pairs = []
     for part in ("train", "t10k"):
-        files.append(folder / f"{part}-images-idx3-ubyte")
-        files.append(folder / f"{part}-labels-idx1-ubyte")
+        images = folder / f"{part}-images-idx3-ubyte"
+        labels = folder / f"{part}-labels-idx1-ubyte"
+        pairs.append((images, labels))
+    files = [path for pair in pairs for path in pair]
     hint = f"put MNIST's four files into {folder}"
     ensure_files("mnist", files, lambda: datasets.MNIST(str(root), download=True), hint)
-    found = []
-    for path in files:
-        with reading(path):
-            found.append(datasets.mnist.read_sn3_pascalvincent_tensor(str(path)))
-    return found
+
+    splits = []
+    for images, labels in pairs:
+        pixels = read_idx(images)
+        splits.append(make_split(labels, pixels, read_idx(labels), 10, shape=(28, 28)))
+    return splits
+
+
+def read_idx(path: Path) -> torch.Tensor:
+    """The tensor in one of MNIST's files."""
+    with reading(path):
+        return datasets.mnist.read_sn3_pascalvincent_tensor(str(path))
 
 
 def encode_pair(
-    images: torch.Tensor, labels: torch.Tensor, pair: list[int], encoder: torch.Tensor
+    split: Split, pair: list[int], encoder: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The images of two digits behind a ReLU layer `encoder` (784, width), and which is second."""
     low, high = pair
-    keep = (labels == low) | (labels == high)
-    x = images[keep].flatten(1) / 255
-    return (x @ encoder).relu(), (labels[keep] == high).long()
+    keep = (split.labels == low) | (split.labels == high)
+    x = split.images[keep].flatten(1) / 255
+    return (x @ encoder).relu(), (split.labels[keep] == high).long()
 
 
 @dataclass
@@ -1754,6 +1895,7 @@ class UciTable:
     """A table of the UCI repository; Soft Layer Ordering's Fig. 5a has the last three numbers."""
 
     source: str  # the file in the repository
+    sha256: str  # of that file, for downloads
     features: int
     classes: int
     rows: int
@@ -1762,18 +1904,82 @@ class UciTable:
 
 
 UCI_TABLES = {
-    "australian": UciTable("statlog/australian/australian.dat", 14, 2, 690),
-    "breast-cancer": UciTable(
-        "breast-cancer-wisconsin/wdbc.data", 30, 2, 569, dropped=1, class_first=True
+    "australian": UciTable(
+        "statlog/australian/australian.dat",
+        "3abe5af151afa50b999a9ba21cbc884e80d80a4050b716cf88b34a2e6ecb731c",
+        features=14,
+        classes=2,
+        rows=690,
     ),
-    "ecoli": UciTable("ecoli/ecoli.data", 7, 8, 336, dropped=1),
-    "german": UciTable("statlog/german/german.data-numeric", 24, 2, 1000),
-    "heart": UciTable("heart-disease/processed.cleveland.data", 13, 5, 303),
-    "hepatitis": UciTable("hepatitis/hepatitis.data", 19, 2, 155, class_first=True),
-    "iris": UciTable("iris/iris.data", 4, 3, 150),
-    "pima": UciTable("pima-indians-diabetes/pima-indians-diabetes.data", 8, 2, 768),
-    "wine": UciTable("wine/wine.data", 13, 3, 178, class_first=True),
-    "yeast": UciTable("yeast/yeast.data", 8, 10, 1484, dropped=1),
+    "breast-cancer": UciTable(
+        "breast-cancer-wisconsin/wdbc.data",
+        "d606af411f3e5be8a317a5a8b652b425aaf0ff38ca683d5327ffff94c3695f4a",
+        features=30,
+        classes=2,
+        rows=569,
+        dropped=1,
+        class_first=True,
+    ),
+    "ecoli": UciTable(
+        "ecoli/ecoli.data",
+        "008bd8fbb1d8b34040c3c8c4e987cac2a7ebf116e008b140cc6441be5261ba1d",
+        features=7,
+        classes=8,
+        rows=336,
+        dropped=1,
+    ),
+    "german": UciTable(
+        "statlog/german/german.data-numeric",
+        "2752b044394958ab6dd193a0b56ca0f0b3a2d8bc7cb8c008e35a5e84bbec02f8",
+        features=24,
+        classes=2,
+        rows=1000,
+    ),
+    "heart": UciTable(
+        "heart-disease/processed.cleveland.data",
+        "a74b7efa387bc9d108d7d0115d831fe9b414b29ae7124f331b622b4efa0427c8",
+        features=13,
+        classes=5,
+        rows=303,
+    ),
+    "hepatitis": UciTable(
+        "hepatitis/hepatitis.data",
+        "9971f9d18abb4fc9dd6749eefb0f864b36fa7bdd59f54188c0b148a5c28214bc",
+        features=19,
+        classes=2,
+        rows=155,
+        class_first=True,
+    ),
+    "iris": UciTable(
+        "iris/iris.data",
+        "f5d0c11e5c78a69a20dbb80baf2b24703f59a6687595752abb397d23732647c5",
+        features=4,
+        classes=3,
+        rows=150,
+    ),
+    "pima": UciTable(
+        "pima-indians-diabetes/pima-indians-diabetes.data",
+        "6bfe5d0f379d17a0e0819b996407e3c09bf80febd4287f2ed212190dfff154af",
+        features=8,
+        classes=2,
+        rows=768,
+    ),
+    "wine": UciTable(
+        "wine/wine.data",
+        "6be6b1203f3d51df0b553a70e57b8a723cd405683958204f96d23d7cd6aea659",
+        features=13,
+        classes=3,
+        rows=178,
+        class_first=True,
+    ),
+    "yeast": UciTable(
+        "yeast/yeast.data",
+        "7cf61776fc04f527f93bf57a327b863893a1225d82df02d457e8950173218258",
+        features=8,
+        classes=10,
+        rows=1484,
+        dropped=1,
+    ),
 }
 
 
@@ -1793,12 +1999,14 @@ def load_uci(
     train = []
     test = []
     for name in names:
-        x, y = read_uci_table(Path(root), name)
+        x, y = read_uci_table(Path(root).expanduser(), name)
         order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
         num_test = max(1, round(test_fraction * len(y)))
         test_rows, train_rows = order[:num_test], order[num_test:]
 
         x = torch.where(x.isnan(), x[train_rows].nanmedian(dim=0).values, x)
+        if x.isnan().any():
+            raise InputError(f"the UCI table {name} has a feature that is always missing")
         low, high = x[train_rows].aminmax(dim=0)
         span = (high - low).where(high > low, 1)
         x = ((x - low) / span).clamp(0, 1)
@@ -1814,16 +2022,24 @@ def load_uci(
     )
 
 
-def read_uci_table(root: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A table of UCI_TABLES: features float (N, F), nan where one is missing, and classes (N,)."""
+def find_uci_table(root: Path, name: str) -> Path:
+    """The file of a table of UCI_TABLES, downloaded if it is not there."""
     table = UCI_TABLES[name]
     path = root / "uci" / Path(table.source).name
     url = f"https://archive.ics.uci.edu/ml/machine-learning-databases/{table.source}"
-    hint = f"put {path.name} into {path.parent} (in the UCI repository it is or was {table.source})"
-    ensure_files(
-        name, [path], lambda: datasets.utils.download_url(url, str(path.parent), path.name), hint
-    )
 
+    def download():
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=table.sha256, progress=False)
+
+    hint = f"put {path.name} into {path.parent} (in the UCI repository it is or was {table.source})"
+    ensure_files(name, [path], download, hint)
+    return path
+
+
+def read_uci_table(root: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A table of UCI_TABLES: features float (N, F), nan where one is missing, and classes (N,)."""
+    path = find_uci_table(root, name)
+    table = UCI_TABLES[name]
     with reading(path):
         rows = read_cells(path, table.dropped + table.features + 1)
         if table.class_first:
@@ -1836,9 +2052,18 @@ def read_uci_table(root: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:
             raise InputError(f"{path} has {len(rows)} rows and {len(known)} classes, {wanted}")
         x = []
         for cells in rows:
-            features = cells[table.dropped :]
-            x.append([math.nan if cell == "?" else float(cell) for cell in features])
+            x.append([read_feature(cell) for cell in cells[table.dropped :]])
         return torch.tensor(x), torch.tensor([known.index(label) for label in labels])
+
+
+def read_feature(cell: str) -> float:
+    """A number, or nan for a question mark."""
+    if cell == "?":
+        return math.nan
+    value = float(cell)
+    if not math.isfinite(value):
+        raise ValueError(f"a feature is {cell}, which is not finite")
+    return value
 
 
 def read_cells(path: Path, columns: int) -> list[list[str]]:
@@ -1883,7 +2108,8 @@ def load_omniglot(
     """
     names = OMNIGLOT_ALPHABETS if names is None else names
     check_names("omniglot", names)
-    folder = Path(root) / "omniglot-py"
+    root = Path(root).expanduser()
+    folder = root / "omniglot-py"
 
     def download():
         for background in (True, False):
@@ -1898,6 +2124,12 @@ def load_omniglot(
     test = []
     for name in names:
         alphabet = read_alphabet(find_alphabet(folder, name))
+        size = tuple(alphabet.images.shape[2:])
+        if train and size != tuple(train[0][0].shape[2:]):
+            theirs = f"those of {names[0]} {tuple(train[0][0].shape[2:])}"
+            raise InputError(
+                f"{find_alphabet(folder, name)}: its images have {size} pixels, {theirs}"
+            )
         train_part, test_part = hold_out(alphabet, test_fraction, generator)
         train.append((train_part.images, train_part.labels))
         test.append((test_part.images, test_part.labels))
@@ -2103,27 +2335,43 @@ def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
 
 def call_in_file(name: str) -> nn.Module:
     """What FUNCTION of FILE.py returns, for `name` FILE.py:FUNCTION."""
-    path, _, function = name.rpartition(":")
-    with reading(Path(path)):
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        net = getattr(module, function)()
+    file, _, function = name.rpartition(":")
+    path = Path(file).expanduser().resolve()
+    module_name = f"backbone_{path.stem}"
+    sys.path.insert(0, str(path.parent))  # it may import what lies beside it
+    try:
+        with reading(path):
+            spec = importlib.util.spec_from_file_location(module_name, path)
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module_name] = module  # where dataclasses look for it
+            spec.loader.exec_module(module)
+            net = getattr(module, function)()
+    except SystemExit as error:
+        raise InputError(f"{name} ends the program instead of returning a network") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    kind = type(net).__name__
     if not isinstance(net, nn.Module):
-        raise InputError(f"{name} returns a {type(net).__name__}, not an nn.Module")
+        raise InputError(f"{name} returns a {kind}, not an nn.Module")
+    if not any(is_linear(module) for module in net.modules()):
+        wanted = "a Linear layer or 1x1 convolution to take off"
+        raise InputError(f"backbone {name}: a {kind} without {wanted}")
     return net
 
 
 def load_pretrained(name: str) -> nn.Module:
     """A model of torchvision with its default weights, downloaded if they are not there."""
     weights = torchvision.models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
         return torchvision.models.get_model(name, weights=weights)
-    except OSError as error:
-        place = Path(torch.hub.get_dir()) / "checkpoints"
-        file = Path(weights.url).name
-        hint = f"put {file} into {place}, or train from scratch with --no-pretrained"
-        raise InputError(f"cannot download the weights of {name} ({error}); {hint}") from error
+    except Exception as error:  # a damaged file fails in several ways
+        if file.exists():
+            hint = "delete it, and it is downloaded again"
+            raise InputError(f"{file} is damaged; {hint} ({one_line(error)})") from error
+        hint = f"put {file.name} into {file.parent}, or train from scratch with --no-pretrained"
+        reason = one_line(error)
+        raise InputError(f"cannot download the weights of {name} ({reason}); {hint}") from error
 
 
 class Features(nn.Module):

@@ -1047,9 +1047,12 @@ def run_seeds(args, train, metric: str) -> dict:
         fail(error)
     except (RuntimeError, MemoryError) as error:
         wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        if wanted is None:
-            raise
-        fail(f"out of memory: {wanted[1]} more were asked for; a smaller --batch-size takes less")
+        if wanted is not None:
+            hint = "a smaller --batch-size takes less"
+            fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
+        if "DataLoader worker" in str(error):
+            fail("a process that reads images has died, out of memory perhaps; try --workers 0")
+        raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)
     if len(runs) == 1:

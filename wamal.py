@@ -752,7 +752,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--label-noise would leave the human labels clean, which give the class away")
 
     recipe = RECIPES.get(args.dataset.partition(":")[0], SCRATCH)
-    backbone = args.backbone or recipe["backbone"]
+    backbone = recipe["backbone"] if args.backbone is None else args.backbone
     if args.pretrained is None:  # another backbone than the recipe's starts from scratch
         args.pretrained = recipe["pretrained"] and backbone == recipe["backbone"]
     if recipe["pretrained"] and not args.pretrained:
@@ -765,7 +765,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.label_backbone = args.label_backbone or args.backbone
+    if args.label_backbone is None:
+        args.label_backbone = args.backbone
     return args
 
 
@@ -1002,9 +1003,12 @@ def run_seeds(args, train, metric: str) -> dict:
         fail(error)
     except (RuntimeError, MemoryError) as error:
         wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        if wanted is None:
-            raise
-        fail(f"out of memory: {wanted[1]} more were asked for; a smaller --batch-size takes less")
+        if wanted is not None:
+            hint = "a smaller --batch-size takes less"
+            fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
+        if "DataLoader worker" in str(error):
+            fail("a process that reads images has died, out of memory perhaps; try --workers 0")
+        raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)
     if len(runs) == 1:

@@ -77,6 +77,16 @@ def small_vit() -> nn.Module:
     return net
 
 
+def no_linear() -> nn.Module:
+    """Has no layer that could be taken off."""
+    return nn.ReLU()
+
+
+def no_parameters() -> nn.Module:
+    """Its trunk, the network without the last layer, has nothing to train."""
+    return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10))
+
+
 def for_64_pixels() -> nn.Module:
     """Takes images of 64x64 pixels and no others."""
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64 * 64, 8), nn.ReLU(), nn.Linear(8, 10))

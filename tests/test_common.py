@@ -5,13 +5,18 @@ The write_* functions are there for the other tests too.
 
 import builtins
 import copy
+import functools
+import hashlib
 import io
 import itertools
 import math
 import pickle
 import re
 import runpy
+import sys
+import urllib.request
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -792,7 +797,7 @@ def test_nyuv2_faults_name_the_file(tmp_path):
     write_nyuv2(tmp_path)
     path = tmp_path / "nyuv2" / "train" / "label" / "1.npy"
     good = np.load(path)
-    for bad, said in ((good + 13, "classes go from"), (good[:-1], "its shape")):
+    for bad, said in ((good + 13, "not from -1 to 12"), (good[:-1], "its shape")):
         np.save(path, bad)
         with pytest.raises(InputError, match=f"label/1.npy: .*{said}"):
             common.load_scene_set("nyuv2", tmp_path)
@@ -1066,7 +1071,7 @@ def test_movielens_says_what_is_wrong(tmp_path, monkeypatch):
     write_movielens(tmp_path)
     with (tmp_path / "ml-1m" / "ratings.dat").open("a") as file:
         file.write("999::2::5::1\n")
-    with pytest.raises(InputError, match=r"ratings.dat: 999"):
+    with pytest.raises(InputError, match=r"users.dat has no line for 999"):
         common.load_movielens(tmp_path)
 
 
@@ -1322,6 +1327,14 @@ def another_class(lines):
     lines[3][4] = "Iris"
 
 
+def infinite(lines):
+    lines[3][1] = "inf"
+
+
+def not_a_number(lines):
+    lines[3][1] = "nan"
+
+
 @pytest.mark.parametrize(
     "spoil, said",
     [
@@ -1330,6 +1343,8 @@ def another_class(lines):
         (no_number, "abc"),
         (truncate, "149 rows"),
         (another_class, "4 classes"),
+        (infinite, "a feature is inf, which is not finite"),
+        (not_a_number, "a feature is nan"),
     ],
 )
 def test_a_spoilt_table_is_named(tmp_path, spoil, said):
@@ -1343,11 +1358,11 @@ def test_a_spoilt_table_is_named(tmp_path, spoil, said):
 def test_a_missing_table_says_which_file_goes_where(tmp_path, monkeypatch):
     urls = []
 
-    def refuse(url, *args):
+    def refuse(url, *args, **options):
         urls.append(url)
         raise OSError("no network")
 
-    monkeypatch.setattr(torchvision.datasets.utils, "download_url", refuse)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     with pytest.raises(InputError, match="no network") as error:
         common.load_uci(tmp_path)
     assert f"put australian.dat into {tmp_path / 'uci'}" in str(error.value)
@@ -1356,11 +1371,34 @@ def test_a_missing_table_says_which_file_goes_where(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="unknown task 'irises' of uci; known are australian"):
         common.load_uci(tmp_path, ["irises"])
 
-    def offer(url, folder, name):
+    def offer(url, path, hash_prefix, progress):
         write_table(tmp_path, "iris")
 
-    monkeypatch.setattr(torchvision.datasets.utils, "download_url", offer)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offer)
     assert common.read_uci_table(tmp_path, "iris")[0].shape == (150, 4)
+
+
+def test_a_downloaded_table_must_have_its_checksum(tmp_path, monkeypatch):
+    """Of a file that a server hands out; one that is there already may differ (people repack)."""
+    path = write_table(tmp_path / "server", "iris")
+    served = functools.partial(urllib.request.urlopen, path.as_uri())
+    monkeypatch.setattr(torch.hub, "urlopen", lambda request: served())
+    with pytest.raises(InputError, match="invalid hash"):
+        common.read_uci_table(tmp_path, "iris")
+    assert not list((tmp_path / "uci").iterdir())
+
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    table = replace(common.UCI_TABLES["iris"], sha256=right)
+    monkeypatch.setitem(common.UCI_TABLES, "iris", table)
+    assert common.read_uci_table(tmp_path, "iris")[0].shape == (150, 4)
+
+
+def test_the_checksums_are_those_of_the_real_tables(real_data):
+    if not (Path(real_data) / "uci").exists():
+        pytest.skip("no uci there")
+    for table in common.UCI_TABLES.values():
+        contents = (Path(real_data) / "uci" / Path(table.source).name).read_bytes()
+        assert hashlib.sha256(contents).hexdigest() == table.sha256
 
 
 def test_real_tables_have_the_papers_counts(real_data):
@@ -1656,7 +1694,9 @@ def test_backbone_from_a_file_and_its_errors(tmp_path):
     assert common.strip_classifier(net)[1] == 64
     (tmp_path / "broken.py").write_text("def net(:\n")
     (tmp_path / "none.py").write_text("def net():\n    return 3\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)\n")
     wrong = [
+        (f"{tmp_path / 'ends.py'}:net", "ends the program"),
         (f"{tmp_path / 'broken.py'}:net", "broken.py"),
         (f"{nets}:nothing", "nothing"),
         (f"{tmp_path / 'none.py'}:net", "a int, not an nn.Module"),
@@ -1666,6 +1706,36 @@ def test_backbone_from_a_file_and_its_errors(tmp_path):
     for name, said in wrong:
         with pytest.raises(InputError, match=said):
             common.build_backbone(name)
+
+
+def test_a_backbone_file_may_import_its_neighbours_and_use_dataclasses(tmp_path):
+    (tmp_path / "beside_the_net.py").write_text("width = 7\n")
+    (tmp_path / "net.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from torch import nn\n"
+        "from beside_the_net import width\n"
+        "@dataclass\n"
+        "class Size:\n"
+        "    out: int = width\n"
+        "def build():\n"
+        "    return nn.Linear(3, Size().out)\n"
+    )
+    path = list(sys.path)
+    assert common.build_backbone(f"{tmp_path / 'net.py'}:build").out_features == 7
+    assert sys.path == path
+
+
+def test_damaged_pretrained_weights_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = Path(torchvision.models.ResNet18_Weights.DEFAULT.url).name
+    file = tmp_path / "hub" / "checkpoints" / name
+    file.parent.mkdir(parents=True)
+    for contents in (b"", b"not a checkpoint"):
+        file.write_bytes(contents)
+        with pytest.raises(InputError, match=f"{file} is damaged; delete it") as error:
+            common.build_backbone("resnet18", pretrained=True)
+        assert "weights_only" not in str(error.value)
 
 
 def test_pretrained_weights_that_cannot_be_had_say_where_to_put_them(monkeypatch):

@@ -9,8 +9,10 @@ import importlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +24,11 @@ from typing import NamedTuple
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-IMAGES = ["--dataset", "synthetic", "--backbone", str(ROOT / "tests/nets.py:mlp"), "--epochs", "2"]
+NETS = str(ROOT / "tests/nets.py")
+IMAGES = ["--dataset", "synthetic", "--backbone", f"{NETS}:mlp", "--epochs", "2"]
 SMALL_SUPERNET = ["--crop", "16", "--width", "2", "--depth", "1", "1", "1", "1", "1"]
 
 
@@ -434,6 +438,16 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(wamal, t
     assert wamal.main(tiny(wamal, tmp_path, "--resume"))["epochs"] == 2
 
 
+def test_a_folder_that_vanishes_is_one_line(wamal, tmp_path, capsys):
+    def remove(network, n):
+        if n == 2:
+            shutil.rmtree(tmp_path / "runs")
+
+    with patched_step(wamal, before=remove):
+        error = refuses(wamal, capsys, *tiny(wamal, tmp_path / "runs"))
+    assert "cannot write" in error and "last.pt: No such file or directory" in error
+
+
 def test_a_second_process_on_the_same_run_ends_with_one_line(wamal, tmp_path, capsys):
     """While the first trains; it is refused fresh and with --resume, the first goes on."""
     statuses = []
@@ -493,6 +507,53 @@ def test_too_little_memory_is_one_line(wamal, tmp_path, capsys):
         with patched_step(wamal, before=ask):
             error = refuses(wamal, capsys, *tiny(wamal, tmp_path))
         assert "out of memory" in error and size in error and "--batch-size" in error
+
+
+def write_pictures(folder: Path) -> str:
+    """--dataset for twelve pictures of two classes, read by workers."""
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(6):
+                Image.new("RGB", (40, 40)).save(folder / part / name / f"{i}.png")
+    return f"folder:{folder}"
+
+
+def reading_pictures(dataset: str, out_dir) -> list[str]:
+    small = ["--image-size", "32", "--batch-size", "2", "--backbone", f"{NETS}:mlp"]
+    return ["--dataset", dataset, *small, "--workers", "2", "--out-dir", str(out_dir)]
+
+
+def test_a_worker_that_dies_is_one_line(wamal, tmp_path, capsys):
+    def kill(network, n):
+        if n == 2:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+
+    arguments = reading_pictures(write_pictures(tmp_path / "pictures"), tmp_path / "runs")
+    with patched_step(wamal, before=kill):
+        assert "--workers 0" in refuses(wamal, capsys, *arguments)
+
+
+def test_ctrl_c_reaches_all_processes_and_is_one_line(wamal, tmp_path):
+    """As a terminal sends it: to the workers as well. Once an epoch is finished, and so saved."""
+    arguments = reading_pictures(write_pictures(tmp_path / "pictures"), tmp_path / "runs")
+    process = subprocess.Popen(
+        [sys.executable, wamal.__file__, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # a background job's shell has it ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1"):
+            break
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate()[1]
+    assert process.returncode == 130
+    assert error.count("\n") == 1 and "--resume" in error, error
 
 
 def test_metrics_behind_the_checkpoint_are_mended(wamal, tmp_path):
@@ -645,7 +706,6 @@ def test_a_read_in_every_step_would_be_noticed(wamal, tmp_path, read):
 
 # ---------------------------------------- Wrong input ----------------------------------------
 
-NETS = str(ROOT / "tests/nets.py")
 WRONG = [
     ("--dataset cifar1000", "KNOWN"),
     ("--dataset folder:/nowhere", "/nowhere/train"),
@@ -654,6 +714,8 @@ WRONG = [
     (f"--backbone {NETS}:linear_first", "last Linear"),
     (f"--backbone {NETS}:for_64_pixels", "32x32"),
     (f"--backbone {NETS}:torch", "nets.py"),
+    (f"--backbone {NETS}:no_linear", "nets.py:no_linear: a ReLU without a Linear layer"),
+    ("--backbone=", "unknown backbone ''"),
     ("--backbone resnet18:", "unknown backbone"),
     ("--method best", "choose from"),
     ("--epochs 0", "'0' is not a finite int from 1"),
@@ -682,7 +744,7 @@ def has_flag(script, arguments: str) -> bool:
     elif arguments == "--pretrained":  # of a backbone that has no weights
         flag = "backbone"
     else:
-        flag = arguments.split()[0].removeprefix("--").replace("-", "_")
+        flag = re.match(r"--([\w-]+)", arguments)[1].replace("-", "_")
     if flag in ("no_such_flag", "epoch", "seed"):
         return True
     return hasattr(script.parse_args([]), flag)

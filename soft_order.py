@@ -1018,12 +1018,11 @@ def log_epoch(metrics: dict, *names: str) -> None:
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
     """Write, print and return the summary of a run.
 
-    The metric at the end, its mean over the last 15 epochs, and its best, chosen on test.
+    The metric and all other figures of the test, at the end and as the mean over the last 15
+    epochs; the metric's best, chosen on test.
     """
     values = [line[metric] for line in history]
     summary = {
-        metric: values[-1],
-        f"{metric}_last15": statistics.fmean(values[-15:]),
         f"best_{metric}": best(values),
         "best_epoch": values.index(best(values)) + 1,
         "epochs": len(values),
@@ -1031,6 +1030,10 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
         "images_per_second": statistics.median(line["images_per_second"] for line in history),
         "folder": str(folder),
     }
+    for name, value in history[-1].items():
+        if name == metric or (name.startswith("test_") and isinstance(value, float)):
+            summary[name] = value
+            summary[f"{name}_last15"] = statistics.fmean(line[name] for line in history[-15:])
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
     return summary

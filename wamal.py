@@ -513,6 +513,8 @@ def load_data(args):
     generator = torch.Generator().manual_seed(args.seed)
     subset = stratified_subset(image_set.train.labels, args.train_fraction, generator)
     train_split = image_set.train.take(subset)
+    if args.validation:
+        train_split, image_set.test = hold_out(train_split, args.validation, generator)
     aux_set = None
     if args.aux_set:
         train_split, aux_set = hold_out(train_split, args.aux_set, generator)
@@ -702,6 +704,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataset", default="cifar100-20", help="one of " + ", ".join(IMAGE_SETS))
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="of each class")
+    add("--validation", type=share, default=0.0, help="of the training images, tested on instead")
     add("--label-noise", type=share, default=0.0, help="share of training labels made wrong")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
     add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="that read files")
@@ -974,12 +977,11 @@ def log_epoch(metrics: dict, *names: str) -> None:
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
     """Write, print and return the summary of a run.
 
-    The metric at the end, its mean over the last 15 epochs, and its best, chosen on test.
+    The metric and all other figures of the test, at the end and as the mean over the last 15
+    epochs; the metric's best, chosen on test.
     """
     values = [line[metric] for line in history]
     summary = {
-        metric: values[-1],
-        f"{metric}_last15": statistics.fmean(values[-15:]),
         f"best_{metric}": best(values),
         "best_epoch": values.index(best(values)) + 1,
         "epochs": len(values),
@@ -987,6 +989,10 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
         "images_per_second": statistics.median(line["images_per_second"] for line in history),
         "folder": str(folder),
     }
+    for name, value in history[-1].items():
+        if name == metric or (name.startswith("test_") and isinstance(value, float)):
+            summary[name] = value
+            summary[f"{name}_last15"] = statistics.fmean(line[name] for line in history[-15:])
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
     return summary

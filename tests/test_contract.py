@@ -345,7 +345,12 @@ def test_a_run_leaves_its_files_and_sums_them_up(script, finished):
     metric = facts(script).metric
     assert [line["epoch"] for line in metrics] == [1, 2]
     assert all(line["images_per_second"] > 0 for line in metrics)
-    assert summary[metric] == metrics[-1][metric]
+    figures = [name for name in metrics[-1] if name.startswith("test_")]
+    figures = [name for name in figures if isinstance(metrics[-1][name], float)]
+    for name in {metric, *figures}:
+        assert summary[name] == metrics[-1][name]
+        mean = (metrics[0][name] + metrics[1][name]) / 2
+        assert summary[f"{name}_last15"] == pytest.approx(mean)
     assert summary[f"best_{metric}"] == facts(script).best(line[metric] for line in metrics)
 
 

@@ -44,6 +44,7 @@ import textwrap
 import time
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -336,11 +337,8 @@ def auxiliary_slopes(primary, v: dict, x, state):
         torch.random.fork_rng(device),
     ):
         default_generator(x).set_state(random_state)
-        moving = {}
-        for name, p in primary.named_parameters():
-            moving[name] = p.detach()
-            if name in v:
-                moving[name] = forward_ad.make_dual(moving[name], v[name])
+        theta = dict(primary.named_parameters())
+        moving = {name: forward_ad.make_dual(theta[name].detach(), v[name]) for name in v}
         _, auxiliary_logits = functional_call(primary, moving | buffers, (x,))
         costs, slopes = forward_ad.unpack_dual(focal_costs(auxiliary_logits))
     if slopes is None:  # nothing that moves reaches these logits
@@ -514,7 +512,8 @@ def load_data(args):
     subset = stratified_subset(image_set.train.labels, args.train_fraction, generator)
     train_split = image_set.train.take(subset)
     if args.validation:
-        train_split, image_set.test = hold_out(train_split, args.validation, generator)
+        train_split, test_split = hold_out(train_split, args.validation, generator)
+        image_set = replace(image_set, test=test_split)
     aux_set = None
     if args.aux_set:
         train_split, aux_set = hold_out(train_split, args.aux_set, generator)

@@ -498,7 +498,7 @@ def train(args) -> dict:
     else:
         primary, label_network = build_image_networks(args, data)
         losses = image_losses
-        if args.method == "human":
+        if args.method != "auxilearn":
             losses = partial(image_losses, factor=1.0)
         tasks = ["primary", "auxiliary"][: len(primary.heads)]
     combiner = build_combiner(args, len(tasks))
@@ -536,7 +536,7 @@ def train(args) -> dict:
         state["upper_loader"] = upper_loader
 
     human_labels = None
-    if args.method == "human":
+    if uses_human_labels(args):
         human_labels = train_split.auxiliary.to(device)
     upper_options = {
         "neumann_steps": args.neumann_steps,
@@ -707,7 +707,7 @@ def build_scene_network(args, scene_set) -> PrimaryNetwork:
 def build_image_networks(args, image_set):
     """f and, for the paper's method, the label network (else None)."""
     outputs = [image_set.num_classes]
-    if args.method == "human":
+    if uses_human_labels(args):
         if image_set.hierarchy is None:
             known = "cifar100-3, -10, -20 and synthetic"
             raise InputError(f"{args.dataset} has no human auxiliary labels; {known} have")
@@ -728,6 +728,11 @@ def build_image_networks(args, image_set):
     check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
     label_network.trunk.bf16 = args.amp == "bf16"
     return primary, label_network
+
+
+def uses_human_labels(args) -> bool:
+    """Whether human labels are the auxiliary task: of all baselines but one on images."""
+    return args.mode == "generate" and args.method not in ("auxilearn", "single")
 
 
 def build_combiner(args, num_losses: int) -> nn.Module:

@@ -464,6 +464,9 @@ def train(args) -> dict:
                 )
                 progress.update()
 
+        if args.refresh_statistics:
+            refresh_statistics(primary, islice(loader, steps))
+
         # The epoch's figures: its only reads from the device
         progress.close()
         metrics = {
@@ -576,6 +579,16 @@ def build_scheduler(args, optimizer):
 
 
 # -------- Evaluation, and what the paper shows ----------------------------------------------------
+
+
+@torch.no_grad()
+def refresh_statistics(primary, batches) -> None:
+    """A pass in train mode at fixed weights, as WAMAL's second phase is one for its network.
+
+    BatchNorm's running statistics then belong to the weights that are tested.
+    """
+    for x, _, _ in batches:
+        primary(x)
 
 
 @torch.no_grad()
@@ -736,6 +749,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--label-weight-decay", type=factor, default=5e-4, help="of g")
     add("--schedule", choices=SCHEDULES, default="step", help="step: halved every 50 epochs")
     add("--amp", choices=["none", "bf16"], default="none", help="bf16: trunks run under autocast")
+    add(
+        "--refresh-statistics", action="store_true", help="of BatchNorm, by a pass before each test"
+    )
 
     add = p.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")
@@ -750,6 +766,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--normalize-weights with --weighting batch makes every weight 1: --method maxl")
     if args.aux_set and args.method in ("single", "human"):
         p.error(f"--aux-set is for methods that learn labels, which {args.method} does not")
+    if args.refresh_statistics and args.method in ("wamal", "maxl"):
+        p.error(f"--refresh-statistics: {args.method}'s second phase does so already")
     if args.label_noise and args.method == "human":
         p.error("--label-noise would leave the human labels clean, which give the class away")
 

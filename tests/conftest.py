@@ -1,6 +1,7 @@
 """What the tests share: importable scripts, one thread, data made once, real data in $AUX_DATA."""
 
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -25,6 +26,23 @@ def real_data() -> str:
     if not root:
         pytest.skip("AUX_DATA names no folder with real data sets")
     return root
+
+
+TINY_IMAGES = ["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--device", "cpu"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a script on images for three steps a phase; returns its folder and its metrics."""
+    monkeypatch.chdir(ROOT)
+
+    def runner(script, *flags, name="run"):
+        places = ["--out-dir", str(tmp_path / name), "--max-steps", "3"]
+        folder = Path(script.main([*TINY_IMAGES, *places, *map(str, flags)])["folder"])
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return folder, [json.loads(line) for line in lines]
+
+    return runner
 
 
 def relative_difference(a, b) -> float:

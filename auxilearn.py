@@ -986,10 +986,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataset", help=f"{known} (default: cifar100-20; nyuv2)")
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--train-fraction", type=number(float, 1e-6, 1), help="of each class (oxford-pet 0.3)")
-    add("--validation", type=share, default=0.0, help="of the training images, tested on instead")
+    add("--validation", type=share, default=0.0, help="share of training images to test on")
     add("--aux-set", type=share, help="share held out for L_A (default: 0.1); 0: training data")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
-    add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="that read files")
+    add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")
 
     add = p.add_argument_group("method").add_argument
     add("--mode", choices=["generate", "combine"], default="generate", help="what phi learns")
@@ -1106,7 +1106,7 @@ def number(kind, low, high=10**9):
     def convert(text):
         try:
             value = kind(text)
-        except (ValueError, OverflowError):
+        except ValueError:
             value = math.nan
         if low <= value <= high:
             return value
@@ -1128,6 +1128,7 @@ def choose_device(name: str) -> torch.device:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(name)
         print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
     return torch.device(name)
 
@@ -1269,19 +1270,19 @@ def speed(images: int, began: float, device) -> dict:
 
 
 def check_finite(metrics: dict, *names: str) -> None:
-    """End with code 3 if one of these sums of the epoch is not finite; last.pt stays as it was."""
+    """End with code 3 if one of these figures of the epoch is not finite; last.pt stays."""
     for name in names:
         value = metrics.get(name, 0.0)
         if not math.isfinite(value):
-            kept = "a checkpoint of the epoch before is kept"
+            kept = "the checkpoint of the epoch before, if any, is kept"
             fail(f"epoch {metrics['epoch']}: {name} is {value}; {kept}", code=3)
 
 
 def log_epoch(metrics: dict, *names: str) -> None:
-    """Print an epoch's line, above the progress bar."""
+    """Print an epoch's line."""
     names = ("epoch", *names, "images_per_second", "peak_memory_mib")
-    tqdm.write("  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics))
-    sys.stdout.flush()  # for who follows a log file
+    line = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+    print(line, flush=True)
 
 
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:

@@ -7,7 +7,7 @@ after one gradient step of f on both losses, plus an entropy term that keeps all
 the two are trained in alternating epochs.
 
     (1)  l_total(x, y) = l_prim(f_prim(x), y) + l_aux(f_aux(x), g(x, y)), both focal, gamma 2
-    (2)  theta' = theta - a grad_theta mean l_total, a: f's learning rate; plain SGD
+    (2)  theta' = theta - lr grad_theta mean l_total, one plain SGD step at f's learning rate
     (3)  g's objective: mean l_prim(f_prim(x; theta'), y) + 0.2 H
     (4)  g(x, y) = softmax of g's logits over the sub-classes of y, 0 elsewhere
     (5)  l(p, t) = -sum_k t_k (1 - p_k)^gamma log p_k, t one-hot or soft
@@ -190,11 +190,19 @@ def total_loss(primary_logits, auxiliary_logits, y, labels, gamma: float = 2.0):
 
 # -------- The two steps ---------------------------------------------------------------------------
 #
-# The exact gradient in phi, without differentiating twice. With means over the batch,
-# L_total = L_prim + L_aux, and phi enters theta' = theta - a grad L_total(theta) through L_aux
-# alone. So with v = grad L_prim(theta'), held fixed,
+# g's gradient, as a textbook would take it:
 #
-#     grad_phi L_prim(theta'(phi)) = -a grad_phi [d/de L_aux(theta + e v; labels) at e = 0]
+#     soft_labels = g(x, y)
+#     gradients = grad(total_loss(*f(x), y, soft_labels), theta, create_graph=True)
+#     theta_prime = theta - lr * gradients
+#     grad(mean l_prim(f(x; theta_prime), y) + 0.2 H(soft_labels), phi)
+#
+# The last line differentiates the first gradient again. The same gradient costs two thirds of the
+# time and of the memory without that (VGG-16, batch 100; tests/benchmark.py), because phi enters
+# theta' through L_aux = mean l_aux alone. With v = grad L_prim(theta'), held fixed,
+#
+#     grad_phi L_prim(theta'(phi)) = v^T d theta'/d phi = -lr v^T grad_phi grad_theta L_aux
+#                                  = -lr grad_phi [d/de L_aux(theta + e v) at e = 0]
 #
 # and L_aux is linear in the labels: auxiliary_slopes finds how fast the cost of every class changes
 # along v in one forward-mode pass of f, and an ordinary backward pass through g does the rest.
@@ -265,18 +273,18 @@ def hypergradient(
         slopes = auxiliary_slopes(primary, v, x, state, gamma)  # (B, K)
     else:
         slopes = difference_slopes(primary, v, x, state, gamma, difference_step)
-    # in phi, this has the gradient of (3); its value is another
-    objective = -primary_lr * (soft_labels * slopes).sum(dim=1).mean()
-    objective = objective + entropy_weight * negative_entropy(soft_labels)
+    # the slopes are constants, so that this has the gradient of L_prim(theta'(phi)), not its value
+    surrogate = -primary_lr * (soft_labels * slopes).sum(dim=1).mean()
+    surrogate = surrogate + entropy_weight * negative_entropy(soft_labels)
 
     phi = [p for p in label_network.parameters() if p.requires_grad]
-    return torch.autograd.grad(objective, phi, materialize_grads=True)
+    return torch.autograd.grad(surrogate, phi, materialize_grads=True)
 
 
 def virtual_step(primary, x, y, labels, primary_lr, gamma: float = 2.0) -> dict:
     """theta' of (2), by name; theta itself stays."""
-    # Fused attention has no forward mode, and draws other dropout masks than the plain one that
-    # the pass along v needs: both passes at theta use the plain one.
+    # fused attention has no forward-mode derivative, which auxiliary_slopes takes, and that pass
+    # must draw the dropout masks of this one
     with sdpa_kernel(SDPBackend.MATH):
         primary_logits, auxiliary_logits = primary(x)
         if auxiliary_logits is None:
@@ -292,13 +300,13 @@ def virtual_step(primary, x, y, labels, primary_lr, gamma: float = 2.0) -> dict:
 
 
 def primary_gradient(primary, theta_prime: dict, x, y, gamma: float = 2.0) -> dict:
-    """v = grad L_prim(theta'), by name, without those that l_prim does not reach."""
+    """v = grad L_prim(theta'), by name; 0 for what l_prim does not reach."""
     # on copies of the buffers: BatchNorm's running statistics follow theta and not theta'
     buffers = {name: b.clone() for name, b in primary.named_buffers()}
     primary_logits, _ = functional_call(primary, theta_prime | buffers, (x,))
     loss = focal_loss(primary_logits, y, gamma).mean()
-    gradients = torch.autograd.grad(loss, list(theta_prime.values()), allow_unused=True)
-    return {n: g for n, g in zip(theta_prime, gradients, strict=True) if g is not None}
+    gradients = torch.autograd.grad(loss, list(theta_prime.values()), materialize_grads=True)
+    return dict(zip(theta_prime, gradients, strict=True))
 
 
 def auxiliary_slopes(primary, v: dict, x, state, gamma: float = 2.0):
@@ -311,10 +319,7 @@ def auxiliary_slopes(primary, v: dict, x, state, gamma: float = 2.0):
     with forward_ad.dual_level():
         moving = {name: forward_ad.make_dual(theta[name].detach(), v[name]) for name in v}
         costs = auxiliary_costs(primary, moving, x, state, gamma)
-        costs, slopes = forward_ad.unpack_dual(costs)
-    if slopes is None:  # nothing that moves reaches these logits
-        return torch.zeros_like(costs)
-    return slopes
+        return forward_ad.unpack_dual(costs).tangent
 
 
 def difference_slopes(primary, v: dict, x, state, gamma: float, step: float):
@@ -457,7 +462,7 @@ def train(args) -> dict:
                 )
             progress.update()
 
-        # Phase 2: an epoch on phi with theta fixed, (2) and (3)
+        # Phase 2: an epoch on phi with theta fixed, (2) and (3); f's statistics move on
         if has_second_phase:
             for x, y, _ in islice(loader, steps):
                 upper = next_upper(upper_batches, x, y)
@@ -496,8 +501,9 @@ def train(args) -> dict:
         )
 
     if label_network is not None:
-        loader = make_loader(train_split, batch_size=args.batch_size, train=False, **loading)
-        write_classes(folder, label_network, train_split, loader, steps, image_set)
+        plain_loader = make_loader(train_split, batch_size=args.batch_size, train=False, **loading)
+        batches = islice(plain_loader, args.max_steps)
+        write_classes(folder, label_network, train_split, batches, image_set, device)
     return summarize(folder, history, "test_accuracy")
 
 
@@ -562,17 +568,18 @@ def build_networks(args, image_set, psi: list[int], device):
     num_auxiliary = 0 if args.method == "single" else sum(psi)
     backbone = build_backbone(args.backbone, args.pretrained)
     primary = PrimaryNetwork(backbone, image_set.num_classes, num_auxiliary)
-    label_network = None
-    if args.method in ("maxl", "maxl-first-order"):
-        pretrained = args.pretrained and has_weights(args.label_backbone)
-        backbone = build_backbone(args.label_backbone, pretrained)
-        label_network = LabelNetwork(backbone, psi, mask=not args.no_mask)
-        check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
-        label_network.trunk.bf16 = args.amp == "bf16"
-        label_network.to(device)
     check_trunk(primary.trunk, args.backbone, image_set.image_size)
     primary.trunk.bf16 = args.amp == "bf16"
-    return primary.to(device), label_network
+    primary.to(device)
+    if args.method not in ("maxl", "maxl-first-order"):
+        return primary, None
+
+    pretrained = args.pretrained and has_weights(args.label_backbone)
+    backbone = build_backbone(args.label_backbone, pretrained)
+    label_network = LabelNetwork(backbone, psi, mask=not args.no_mask)
+    check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
+    label_network.trunk.bf16 = args.amp == "bf16"
+    return primary, label_network.to(device)
 
 
 def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
@@ -599,9 +606,9 @@ def build_scheduler(args, optimizer):
 
 @torch.no_grad()
 def refresh_statistics(primary, batches) -> None:
-    """A pass in train mode at fixed weights, as MAXL's second phase is one for its network.
+    """A pass in train mode, so that BatchNorm's running statistics belong to the tested weights.
 
-    BatchNorm's running statistics then belong to the weights that are tested.
+    maxl has such a pass in its second phase; a fair baseline gets one, too.
     """
     for x, _, _ in batches:
         primary(x)
@@ -666,16 +673,16 @@ def gradient_cosine(primary, x, y, labels, gamma: float = 2.0):
 
 
 @torch.no_grad()
-def write_classes(folder, label_network, split, loader, steps: int, image_set):
+def write_classes(folder, label_network, split, batches, image_set, device):
     """Which training images each generated class holds, into `folder`.
 
     A picture for each primary class, a row for each of its auxiliary classes that holds images with
     the 10 surest ones; and a table of these classes.
-    loader: of `split`, in order and without augmentation; its first `steps` batches are used. g is
+    batches: of `split`, in order and without augmentation, of all of it or of its beginning. g is
     in eval mode, so that an image's label does not depend on its neighbours.
     """
     label_network.eval()
-    labels = torch.cat([label_network(x, y) for x, y, _ in islice(loader, steps)]).cpu()
+    labels = torch.cat([label_network(x, y) for x, y, _ in batches]).cpu()
     label_network.train()
     sureness, owner = labels.max(dim=1)  # (N,) each
     y = split.labels[: len(owner)]
@@ -688,7 +695,7 @@ def write_classes(folder, label_network, split, loader, steps: int, image_set):
             mean_label = sureness[members].mean()
             lines.append(f"{len(members):7d}   {mean_label:10.4f}   {k:15d}   {c:02d} {name}")
             surest = members[sureness[members].argsort(descending=True)[:10]]
-            rows.append(pictures(split.take(surest), image_set, loader.device, width=10))
+            rows.append(pictures(split.take(surest), image_set, device, width=10))
         if rows:
             grid = torch.cat(rows)
             path = folder / f"class-{c:02d}.png"
@@ -743,10 +750,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", default="cifar100-20", help="one of " + ", ".join(IMAGE_SETS))
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
-    add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="of each class")
-    add("--validation", type=share, default=0.0, help="of the training images, tested on instead")
+    add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="share of each class")
+    add("--validation", type=share, default=0.0, help="share of training images to test on")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
-    add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="that read files")
+    add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")
 
     add = p.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="maxl", help="random: fixed labels, drawn by chance")
@@ -825,7 +832,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
-    # torch's own use of it, in forward mode
+    # torch's forward mode itself calls the deprecated torch.jit.script
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     return run_seeds(parse_args(argv), train, "test_accuracy")
 
@@ -846,7 +853,7 @@ def number(kind, low, high=10**9):
     def convert(text):
         try:
             value = kind(text)
-        except (ValueError, OverflowError):
+        except ValueError:
             value = math.nan
         if low <= value <= high:
             return value
@@ -868,6 +875,7 @@ def choose_device(name: str) -> torch.device:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(name)
         print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
     return torch.device(name)
 
@@ -1009,19 +1017,19 @@ def speed(images: int, began: float, device) -> dict:
 
 
 def check_finite(metrics: dict, *names: str) -> None:
-    """End with code 3 if one of these sums of the epoch is not finite; last.pt stays as it was."""
+    """End with code 3 if one of these figures of the epoch is not finite; last.pt stays."""
     for name in names:
         value = metrics.get(name, 0.0)
         if not math.isfinite(value):
-            kept = "a checkpoint of the epoch before is kept"
+            kept = "the checkpoint of the epoch before, if any, is kept"
             fail(f"epoch {metrics['epoch']}: {name} is {value}; {kept}", code=3)
 
 
 def log_epoch(metrics: dict, *names: str) -> None:
-    """Print an epoch's line, above the progress bar."""
+    """Print an epoch's line."""
     names = ("epoch", *names, "images_per_second", "peak_memory_mib")
-    tqdm.write("  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics))
-    sys.stdout.flush()  # for who follows a log file
+    line = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+    print(line, flush=True)
 
 
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:

@@ -946,7 +946,7 @@ def number(kind, low, high=10**9):
     def convert(text):
         try:
             value = kind(text)
-        except (ValueError, OverflowError):
+        except ValueError:
             value = math.nan
         if low <= value <= high:
             return value
@@ -968,6 +968,7 @@ def choose_device(name: str) -> torch.device:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(name)
         print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
     return torch.device(name)
 
@@ -1109,19 +1110,19 @@ def speed(images: int, began: float, device) -> dict:
 
 
 def check_finite(metrics: dict, *names: str) -> None:
-    """End with code 3 if one of these sums of the epoch is not finite; last.pt stays as it was."""
+    """End with code 3 if one of these figures of the epoch is not finite; last.pt stays."""
     for name in names:
         value = metrics.get(name, 0.0)
         if not math.isfinite(value):
-            kept = "a checkpoint of the epoch before is kept"
+            kept = "the checkpoint of the epoch before, if any, is kept"
             fail(f"epoch {metrics['epoch']}: {name} is {value}; {kept}", code=3)
 
 
 def log_epoch(metrics: dict, *names: str) -> None:
-    """Print an epoch's line, above the progress bar."""
+    """Print an epoch's line."""
     names = ("epoch", *names, "images_per_second", "peak_memory_mib")
-    tqdm.write("  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics))
-    sys.stdout.flush()  # for who follows a log file
+    line = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+    print(line, flush=True)
 
 
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:

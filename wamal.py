@@ -10,9 +10,10 @@ trained in alternating epochs. With all weights 1 this is MAXL (Liu et al., Neur
     Eq. 7   g_label(x, y) = softmax of g's logits over the sub-classes of y, 0 elsewhere
     Eq. 8   H = sum_k m_k log m_k, m the batch mean of g_label: the negative entropy
     Eq. 9   w(x) = sigmoid(W_2 relu(W_1 g_trunk(x) + b_1) + b_2)
-    Eq. 10  weight(x) = 2^(2 r w(x) - r), from 2^-r to 2^r; all losses focal, gamma 2
-    phi minimises mean l_prim(f(x; theta'), y) + 0.2 H, theta' = theta - a grad mean l_total,
-    with a theta's learning rate
+    Eq. 10  weight(x) = 2^(2 r w(x) - r), from 2^-r to 2^r
+    l_prim and l_aux are focal losses, -sum_k t_k (1 - p_k)^2 log p_k, t one-hot or soft
+    g's objective: mean l_prim(f_prim(x; theta'), y) + 0.2 H, where
+    theta' = theta - lr grad_theta mean l_total is one plain SGD step at f's learning rate
 
     python wamal.py --dataset synthetic                 88.6 % (chance 25 %), 30 s on 2 CPU cores
     python wamal.py --dataset cifar100-20 --backbone convnet4 --train-fraction 0.2 --epochs 3
@@ -21,12 +22,15 @@ trained in alternating epochs. With all weights 1 this is MAXL (Liu et al., Neur
 
 Departures from the paper [P] and from its authors' code [C]:
 - g's gradient goes through one unrolled step, as in [C]; [P]'s Eq. 4 has an inverse Hessian.
-- The weight acts per sample (Eq. 5). [C] multiplies (N,) by (N, 1), that is mean(weight) times
-  mean(l_aux), and [P]'s numbers were presumably made so: --weighting batch does that.
-- --aux-set holds out images for l_prim at theta' only; Alg. 1 takes both losses there.
+- The weight acts per sample (Eq. 5). [C] multiplies (N,) by (N, 1), so mean(weight) times
+  mean(l_aux). [P]'s numbers were presumably made so: --weighting batch does that.
+- Alg. 1 splits the data in two. Here both phases use all images, as in [C]; --aux-set holds out a
+  share, for l_prim at theta' alone. l_aux is not in g's objective, as in [C]: g could lower it
+  by labels that are easy.
 - BatchNorm's statistics follow f's pass at theta only, as in MAXL's code; [C]: at theta' too.
-- r = 5, batch 100 as in Table 18 ([C]: r = 15; Table 17: 128). f's epoch comes first, as in
-  Alg. 1 and [C]; [P]'s 5.2 names g's first.
+- r = 5 and batch 100 as in Table 18; [C]: r = 15, Table 17: batch 128.
+- The virtual step's rate is f's; [C] halves it an epoch early. The weights at the end of a run
+  are g's in eval mode.
 - Pretrained models get the preprocessing of torchvision's weights; [P]'s ViT mean and std 0.5.
 - Test accuracy is the last epoch's; [C] reports the best epoch by test accuracy.
 """
@@ -145,23 +149,22 @@ def masked_softmax(logits, y, psi):
     return logits.masked_fill(owner != y[:, None], -math.inf).softmax(dim=1)
 
 
-def focal_costs(logits, gamma: float = 2.0):
-    """What each class would cost as the label: -(1 - p_k)^gamma log p_k, (B, K).
+def focal_costs(logits):
+    """What each class would cost as the label: -(1 - p_k)^2 log p_k, (B, K).
 
-    All losses and the hypergradient come from here: for another loss, or another gamma, change this
-    function alone. The loss has to be linear in its target, sum_k t_k cost_k.
+    All losses and the hypergradient come from here: for another loss, change this function alone.
+    The loss has to be linear in its target, sum_k t_k cost_k.
     """
     log_p = logits.log_softmax(dim=1)
-    return -((1 - log_p.exp()) ** gamma) * log_p
+    return -((1 - log_p.exp()) ** 2) * log_p
 
 
-def focal_loss(logits, target, gamma: float = 2.0):
-    """Focal loss of each sample, (B,): -sum_k t_k (1 - p_k)^gamma log p_k. Linear in the target.
+def focal_loss(logits, target):
+    """Focal loss of each sample, (B,). Linear in the target.
 
     logits: (B, K).  target: soft labels (B, K), or class indices (B,), of an integer type.
-    gamma: 0 (cross-entropy) or at least 1.
     """
-    costs = focal_costs(logits, gamma)
+    costs = focal_costs(logits)
     if target.dim() == 2:
         return (target * costs).sum(dim=1)
     if target.is_floating_point():
@@ -211,12 +214,19 @@ def total_loss(primary_logits, auxiliary_logits, y, labels, weight):
 
 # -------- The two steps ---------------------------------------------------------------------------
 #
-# The exact gradient in phi, without differentiating twice. With means over the batch,
-# L_total = L_prim + L_aux and L_aux = mean weight(x) l_aux(x), phi enters
-# theta' = theta - a grad L_total(theta) through L_aux alone. So with v = grad L_prim(theta'),
-# held fixed,
+# g's gradient, as a textbook would take it:
 #
-#     grad_phi L_prim(theta'(phi)) = -a grad_phi [d/de L_aux(theta + e v; labels, weight) at e = 0]
+#     soft_labels, w = g(x, y)
+#     gradients = grad(total_loss(*f(x), y, soft_labels, weight(w)), theta, create_graph=True)
+#     theta_prime = theta - lr * gradients
+#     grad(mean l_prim(f(x; theta_prime), y) + 0.2 H(soft_labels), phi)
+#
+# The last line differentiates the first gradient again. The same gradient costs two thirds of the
+# time and of the memory without that (VGG-16, batch 100; tests/benchmark.py), because phi enters
+# theta' through L_aux = mean weight(x) l_aux(x) alone. With v = grad L_prim(theta'), held fixed,
+#
+#     grad_phi L_prim(theta'(phi)) = v^T d theta'/d phi = -lr v^T grad_phi grad_theta L_aux
+#                                  = -lr grad_phi [d/de L_aux(theta + e v) at e = 0]
 #
 # and L_aux is linear in the labels: auxiliary_slopes finds how fast the cost of every class changes
 # along v in one forward-mode pass of f, and an ordinary backward pass through g does the rest.
@@ -286,18 +296,18 @@ def hypergradient(
     v = primary_gradient(primary, theta_prime, x_upper, y_upper)
     del theta_prime  # its memory, before the last pass
     slopes = auxiliary_slopes(primary, v, x, state)  # (B, K)
-    # in phi, this has the gradient of g's objective; its value is another
-    objective = -primary_lr * (weight * (soft_labels * slopes).sum(dim=1)).mean()
-    objective = objective + entropy_weight * negative_entropy(soft_labels)
+    # the slopes are constants, so that this has the gradient of L_prim(theta'(phi)), not its value
+    surrogate = -primary_lr * (weight * (soft_labels * slopes).sum(dim=1)).mean()
+    surrogate = surrogate + entropy_weight * negative_entropy(soft_labels)
 
     phi = [p for p in label_network.parameters() if p.requires_grad]
-    return torch.autograd.grad(objective, phi, materialize_grads=True)
+    return torch.autograd.grad(surrogate, phi, materialize_grads=True)
 
 
 def virtual_step(primary, x, y, labels, weight, primary_lr) -> dict:
     """theta' = theta - primary_lr grad L_total(theta), by name; theta itself stays."""
-    # Fused attention has no forward mode, and draws other dropout masks than the plain one that
-    # the pass along v needs: both passes at theta use the plain one.
+    # fused attention has no forward-mode derivative, which auxiliary_slopes takes, and that pass
+    # must draw the dropout masks of this one
     with sdpa_kernel(SDPBackend.MATH):
         primary_logits, auxiliary_logits = primary(x)
         if auxiliary_logits is None:
@@ -313,13 +323,13 @@ def virtual_step(primary, x, y, labels, weight, primary_lr) -> dict:
 
 
 def primary_gradient(primary, theta_prime: dict, x, y) -> dict:
-    """v = grad L_prim(theta'), by name, without those that l_prim does not reach."""
+    """v = grad L_prim(theta'), by name; 0 for what l_prim does not reach."""
     # on copies of the buffers: BatchNorm's running statistics follow theta and not theta'
     buffers = {name: b.clone() for name, b in primary.named_buffers()}
     primary_logits, _ = functional_call(primary, theta_prime | buffers, (x,))
     loss = focal_loss(primary_logits, y).mean()
-    gradients = torch.autograd.grad(loss, list(theta_prime.values()), allow_unused=True)
-    return {n: g for n, g in zip(theta_prime, gradients, strict=True) if g is not None}
+    gradients = torch.autograd.grad(loss, list(theta_prime.values()), materialize_grads=True)
+    return dict(zip(theta_prime, gradients, strict=True))
 
 
 def auxiliary_slopes(primary, v: dict, x, state):
@@ -340,10 +350,7 @@ def auxiliary_slopes(primary, v: dict, x, state):
         theta = dict(primary.named_parameters())
         moving = {name: forward_ad.make_dual(theta[name].detach(), v[name]) for name in v}
         _, auxiliary_logits = functional_call(primary, moving | buffers, (x,))
-        costs, slopes = forward_ad.unpack_dual(focal_costs(auxiliary_logits))
-    if slopes is None:  # nothing that moves reaches these logits
-        return torch.zeros_like(costs)
-    return slopes
+        return forward_ad.unpack_dual(focal_costs(auxiliary_logits)).tangent
 
 
 def pass_state(network, x):
@@ -424,7 +431,7 @@ def train(args) -> dict:
         loss_sum = torch.zeros((), device=device)
         norm_sum = torch.zeros((), device=device)
         correct = torch.zeros((), device=device)
-        made = []  # what g made of each batch of phase 1
+        made = []  # (index, w, top label) of each batch of phase 1
 
         # Phase 1: an epoch on theta with phi fixed (Alg. 1, lines 5 to 10)
         # index: (B,), the images' places in train_split
@@ -443,12 +450,12 @@ def train(args) -> dict:
             correct += (logits.argmax(dim=1) == y).sum()
             progress.update()
 
-        # Phase 2: an epoch on phi with theta fixed (lines 11 to 17)
+        # Phase 2: an epoch on phi with theta fixed (lines 11 to 17); f's statistics move on
         if label_network is not None:
             if aux_set is not None:
                 upper_batches = forever(aux_loader)
             for x, y, _ in islice(loader, steps):
-                upper = (x, y)
+                upper = None
                 if aux_set is not None:
                     x_upper, y_upper, _ = next(upper_batches)
                     upper = (x_upper, y_upper)
@@ -476,9 +483,7 @@ def train(args) -> dict:
             "train_accuracy": 100 * float(correct) / (steps * args.batch_size),
         }
         if label_network is not None:
-            index = torch.cat([batch[0] for batch in made]).cpu()
-            w = torch.cat([batch[1] for batch in made]).cpu()
-            top_label = torch.cat([batch[2] for batch in made])
+            index, w, top_label = [torch.cat(column).cpu() for column in zip(*made, strict=True)]
             metrics["label_lr"] = label_optimizer.param_groups[0]["lr"]
             metrics["hypergradient_norm"] = float(norm_sum) / steps
             metrics["labels_used"] = len(top_label.unique()) / label_network.psi.sum().item()
@@ -497,8 +502,9 @@ def train(args) -> dict:
         log_epoch(metrics, "loss", "train_accuracy", "test_accuracy", "weight_mean")
 
     if args.method == "wamal":
-        loader = make_loader(train_split, batch_size=args.batch_size, train=False, **loading)
-        write_weights(folder, label_network, train_split, loader, steps, image_set, args.r)
+        plain_loader = make_loader(train_split, batch_size=args.batch_size, train=False, **loading)
+        batches = islice(plain_loader, args.max_steps)
+        write_weights(folder, label_network, train_split, batches, image_set, args.r, device)
     return summarize(folder, history, "test_accuracy")
 
 
@@ -546,17 +552,17 @@ def build_networks(args, image_set, device):
 
     backbone = build_backbone(args.backbone, args.pretrained)
     primary = PrimaryNetwork(backbone, image_set.num_classes, num_auxiliary)
-    label_network = None
-    if args.method in ("wamal", "maxl"):
-        pretrained = args.pretrained and has_weights(args.label_backbone)
-        backbone = build_backbone(args.label_backbone, pretrained)
-        label_network = LabelWeightNetwork(backbone, psi)
-        check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
-        label_network.trunk.bf16 = args.amp == "bf16"
-        label_network.to(device)
     check_trunk(primary.trunk, args.backbone, image_set.image_size)
     primary.trunk.bf16 = args.amp == "bf16"
-    return primary.to(device), label_network
+    primary.to(device)
+    if args.method not in ("wamal", "maxl"):
+        return primary, None
+
+    pretrained = args.pretrained and has_weights(args.label_backbone)
+    label_network = LabelWeightNetwork(build_backbone(args.label_backbone, pretrained), psi)
+    check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
+    label_network.trunk.bf16 = args.amp == "bf16"
+    return primary, label_network.to(device)
 
 
 def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
@@ -583,9 +589,9 @@ def build_scheduler(args, optimizer):
 
 @torch.no_grad()
 def refresh_statistics(primary, batches) -> None:
-    """A pass in train mode at fixed weights, as WAMAL's second phase is one for its network.
+    """A pass in train mode, so that BatchNorm's running statistics belong to the tested weights.
 
-    BatchNorm's running statistics then belong to the weights that are tested.
+    wamal and maxl have such a pass in their second phase; a fair baseline gets one, too.
     """
     for x, _, _ in batches:
         primary(x)
@@ -631,15 +637,15 @@ def describe_weights(w, y, noisy, r: float, num_classes: int) -> dict:
 
 
 @torch.no_grad()
-def write_weights(folder, label_network, split, loader, steps: int, image_set, r: float):
+def write_weights(folder, label_network, split, batches, image_set, r: float, device):
     """The weights that g gives to the training images, into `folder`.
 
     Fig. 11's histogram, the mean of each class (6.2.3), and Fig. 3's grids of images.
-    loader: of `split`, in order and without augmentation; its first `steps` batches are used. g is
+    batches: of `split`, in order and without augmentation, of all of it or of its beginning. g is
     in eval mode, so that an image's weight does not depend on its neighbours.
     """
     label_network.eval()
-    w = torch.cat([label_network(x, y)[1] for x, y, _ in islice(loader, steps)]).cpu()
+    w = torch.cat([label_network(x, y)[1] for x, y, _ in batches]).cpu()
     label_network.train()
 
     counts = w.histc(20, 0, 1).int().tolist()
@@ -660,12 +666,10 @@ def write_weights(folder, label_network, split, loader, steps: int, image_set, r
 
     for name, largest in (("highest", True), ("lowest", False)):
         extremes = w.topk(min(64, len(w)), largest=largest).indices
-        options = {"batch_size": 64, "device": loader.device, "train": False}
-        extreme_loader = make_loader(split.take(extremes), image_set, **options)
-        pixels = [x * extreme_loader.std + extreme_loader.mean for x, _, _ in extreme_loader]
-        torchvision.utils.save_image(
-            torch.cat(pixels) / 255, folder / f"{name}_weights.png", nrow=8
-        )
+        extreme_loader = make_loader(split.take(extremes), image_set, 64, device, train=False)
+        ((x, _, _),) = extreme_loader
+        pixels = (x * extreme_loader.std + extreme_loader.mean) / 255
+        torchvision.utils.save_image(pixels, folder / f"{name}_weights.png", nrow=8)
 
 
 # -------- Command line ----------------------------------------------------------------------------
@@ -715,11 +719,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", default="cifar100-20", help="one of " + ", ".join(IMAGE_SETS))
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
-    add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="of each class")
-    add("--validation", type=share, default=0.0, help="of the training images, tested on instead")
+    add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="share of each class")
+    add("--validation", type=share, default=0.0, help="share of training images to test on")
     add("--label-noise", type=share, default=0.0, help="share of training labels made wrong")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
-    add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="that read files")
+    add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")
 
     add = p.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="wamal", help="maxl: all weights are 1")
@@ -772,14 +776,15 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--label-noise would leave the human labels clean, which give the class away")
 
     recipe = RECIPES.get(args.dataset.partition(":")[0], SCRATCH)
-    backbone = recipe["backbone"] if args.backbone is None else args.backbone
+    if args.backbone is None:
+        args.backbone = recipe["backbone"]
+    is_its_own = args.backbone == recipe["backbone"]
     if args.pretrained is None:  # another backbone than the recipe's starts from scratch
-        args.pretrained = recipe["pretrained"] and backbone == recipe["backbone"]
+        args.pretrained = recipe["pretrained"] and is_its_own
     if recipe["pretrained"] and not args.pretrained:
-        recipe = SCRATCH | {"backbone": backbone}
-    if args.pretrained and backbone != recipe["backbone"]:
-        recipe = VIT if backbone.startswith("vit_") else RESNET50
-        recipe = recipe | {"backbone": backbone}
+        recipe = SCRATCH
+    elif args.pretrained and not is_its_own:
+        recipe = VIT if args.backbone.startswith("vit_") else RESNET50
     if args.max_steps is not None:
         recipe = recipe | {"epochs": 1}
     for name, value in recipe.items():
@@ -792,7 +797,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
-    # torch's own use of it, in forward mode
+    # torch's forward mode itself calls the deprecated torch.jit.script
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
     return run_seeds(parse_args(argv), train, "test_accuracy")
 
@@ -813,7 +818,7 @@ def number(kind, low, high=10**9):
     def convert(text):
         try:
             value = kind(text)
-        except (ValueError, OverflowError):
+        except ValueError:
             value = math.nan
         if low <= value <= high:
             return value
@@ -835,6 +840,7 @@ def choose_device(name: str) -> torch.device:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(name)
         print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
     return torch.device(name)
 
@@ -976,19 +982,19 @@ def speed(images: int, began: float, device) -> dict:
 
 
 def check_finite(metrics: dict, *names: str) -> None:
-    """End with code 3 if one of these sums of the epoch is not finite; last.pt stays as it was."""
+    """End with code 3 if one of these figures of the epoch is not finite; last.pt stays."""
     for name in names:
         value = metrics.get(name, 0.0)
         if not math.isfinite(value):
-            kept = "a checkpoint of the epoch before is kept"
+            kept = "the checkpoint of the epoch before, if any, is kept"
             fail(f"epoch {metrics['epoch']}: {name} is {value}; {kept}", code=3)
 
 
 def log_epoch(metrics: dict, *names: str) -> None:
-    """Print an epoch's line, above the progress bar."""
+    """Print an epoch's line."""
     names = ("epoch", *names, "images_per_second", "peak_memory_mib")
-    tqdm.write("  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics))
-    sys.stdout.flush()  # for who follows a log file
+    line = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+    print(line, flush=True)
 
 
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:

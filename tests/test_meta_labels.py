@@ -56,8 +56,7 @@ def test_masked_softmax_at_its_limits(script):
         assert script.masked_softmax(z, torch.tensor(y), psi).isnan().all()
 
 
-@both
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("script, gamma", [(wamal, 2.0), (maxl, 2.0), (maxl, 1.0), (maxl, 0.0)])
 def test_focal_loss_matches_a_loop(script, gamma):
     torch.manual_seed(0)
     logits = torch.randn(6, 5, dtype=torch.float64)
@@ -70,9 +69,10 @@ def test_focal_loss_matches_a_loop(script, gamma):
         costs = [-((1 - p[n, k]) ** gamma) * math.log(p[n, k]) for k in range(5)]
         hard_losses.append(costs[y[n]])
         soft_losses.append(sum(soft[n, k] * costs[k] for k in range(5)))
-    got = script.focal_loss(logits, y, gamma)
+    options = {"gamma": gamma} if script is maxl else {}  # wamal's gamma is 2
+    got = script.focal_loss(logits, y, **options)
     assert relative_difference(got, torch.stack(hard_losses)) < 1e-14
-    got_soft = script.focal_loss(logits, soft, gamma)
+    got_soft = script.focal_loss(logits, soft, **options)
     assert relative_difference(got_soft, torch.stack(soft_losses)) < 1e-14
     if gamma == 0:
         cross_entropy = nn.functional.cross_entropy(logits, y, reduction="none")

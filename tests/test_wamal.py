@@ -285,7 +285,7 @@ def test_r_40_trains_or_stops_as_promised(run, capsys):
         _, metrics = run(wamal, "--r", 40, "--epochs", 2, "--lr", 0.1)
         assert len(metrics) == 2
     except SystemExit as stop:
-        assert stop.code == 3 and "a checkpoint of the epoch before" in capsys.readouterr().err
+        assert stop.code == 3 and "the checkpoint of the epoch before" in capsys.readouterr().err
 
 
 def test_real_cifar100_changes_both_networks(real_data, tmp_path):

@@ -14,8 +14,15 @@ import auxilearn
 from common import build_backbone, check_trunk, strip_classifier
 
 PARTS = ("plain", "lower", "upper", "textbook lower", "textbook upper")
-SUMS = {"30 steps": ("lower",) * 30 + ("upper",), "textbook 30 steps": ("textbook lower",) * 30 + ("textbook upper",)}
-SHARES = [("lower", "textbook lower"), ("upper", "textbook upper"), ("30 steps", "textbook 30 steps")]
+SUMS = {
+    "30 steps": ("lower",) * 30 + ("upper",),
+    "textbook 30 steps": ("textbook lower",) * 30 + ("textbook upper",),
+}
+SHARES = [
+    ("lower", "textbook lower"),
+    ("upper", "textbook upper"),
+    ("30 steps", "textbook 30 steps"),
+]
 LR, J, CLIP = 0.01, 3, 50.0
 
 
@@ -29,7 +36,9 @@ def variants(args, device) -> dict:
     @functools.cache  # made when first used: a child that measures one variant's memory holds only its networks
     def networks(owner):
         trunk, width = strip_classifier(build_backbone(args.backbone))
-        if owner != "textbook":  # whose double backward is faster in the usual memory layout than in the scripts'
+        if (
+            owner != "textbook"
+        ):  # whose double backward is faster in the usual memory layout than in the scripts'
             check_trunk(trunk, args.backbone, args.image_size)
         heads = [auxilearn.head(width, n) for n in ((20,) if owner == "plain" else (20, 100))]
         primary = auxilearn.PrimaryNetwork(trunk, heads).to(device)
@@ -39,9 +48,18 @@ def variants(args, device) -> dict:
         label_network = auxilearn.LabelNetwork(build_backbone(args.backbone), [5] * 20)
         if owner != "textbook":
             check_trunk(label_network.trunk, args.backbone, args.image_size)
-        label_network, combiner = label_network.to(device), auxilearn.MonotoneLinear(2, skip=True).to(device)
+        label_network, combiner = (
+            label_network.to(device),
+            auxilearn.MonotoneLinear(2, skip=True).to(device),
+        )
         phi = [*combiner.parameters(), *label_network.parameters()]
-        return primary, optimizer, combiner, label_network, torch.optim.SGD(phi, 1e-3, momentum=0.9, weight_decay=5e-3)
+        return (
+            primary,
+            optimizer,
+            combiner,
+            label_network,
+            torch.optim.SGD(phi, 1e-3, momentum=0.9, weight_decay=5e-3),
+        )
 
     def plain():
         primary, optimizer, combiner = networks("plain")
@@ -56,7 +74,9 @@ def variants(args, device) -> dict:
     def upper():
         primary, _, combiner, label_network, optimizer = networks("ours")
         options = {"neumann_steps": J, "inner_lr": LR, "scale": "published", "clip": CLIP}
-        auxilearn.upper_step(primary, combiner, label_network, optimizer, x, y, (x_u, y), losses, **options)
+        auxilearn.upper_step(
+            primary, combiner, label_network, optimizer, x, y, (x_u, y), losses, **options
+        )
 
     def textbook_lower():
         primary, optimizer, combiner, label_network, _ = networks("textbook")
@@ -68,7 +88,9 @@ def variants(args, device) -> dict:
 
     def textbook_upper():
         primary, _, combiner, label_network, optimizer = networks("textbook")
-        theta = {name: p for name, p in primary.named_parameters() if not name.startswith("heads.1.")}
+        theta = {
+            name: p for name, p in primary.named_parameters() if not name.startswith("heads.1.")
+        }
         weights, phi = list(theta.values()), [*combiner.parameters(), *label_network.parameters()]
         loss = losses(functional_call(primary, theta, (x_u,)), y).mean()
         v = total = torch.autograd.grad(loss, weights)

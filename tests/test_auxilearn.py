@@ -1,7 +1,8 @@
-"""AuxiLearn: its maths in float64 against slow versions written here, and its claim on data where the answer is known."""
+"""AuxiLearn: its maths in float64 against slow versions, and its claim where it is known."""
 
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -10,51 +11,85 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import relative_difference
 from nets import dropout, mlp, small_vit, smooth
+from test_common import write_cifar100, write_nyuv2
+from test_contract import checkpoint, numbers, same_state
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import auxilearn
 import common
+import maxl
+import wamal
 from auxilearn import image_losses, implicit_gradient, scene_losses
 from common import SegNet, convnet4, make_scenes, strip_classifier
 
-# ---------------------------------------- The implicit gradient ----------------------------------------
+# ---------------------------- The implicit gradient ----------------------------
 
 
 def quadratic(generator):
-    """L_T = w'Aw / 2 - w'B phi, L_A = |w - t|^2 / 2, and a w that is not the minimum: all of (3) to (5) in closed form."""
+    """L_T = w'Aw / 2 - w'B phi, L_A = |w - t|^2 / 2, and a w that is not the minimum.
+
+    All of (3) to (5) have a closed form.
+    """
     factor = torch.randn(6, 6, dtype=torch.float64, generator=generator)
     a = factor @ factor.T / 6 + torch.eye(6, dtype=torch.float64)
-    b, t, w = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((6, 4), (6,), (6,)))
+    b, t, w = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((6, 4), (6,), (6,))
+    )
     phi = torch.randn(4, dtype=torch.float64, generator=generator).requires_grad_()
-    return a, b, t, w, phi, lambda p: p["w"] @ a @ p["w"] / 2 - p["w"] @ b @ phi, lambda p: (p["w"] - t).square().sum() / 2
+    return (
+        a,
+        b,
+        t,
+        w,
+        phi,
+        lambda p: p["w"] @ a @ p["w"] / 2 - p["w"] @ b @ phi,
+        lambda p: (p["w"] - t).square().sum() / 2,
+    )
 
 
 def test_on_a_quadratic_the_series_tends_to_the_exact_inverse():
     a, b, t, w, phi, lower, upper = quadratic(torch.Generator().manual_seed(0))
     eta = 1 / float(torch.linalg.eigvalsh(a).max())
     exact = b.T @ torch.linalg.solve(a, w - t)
+
+    def gradient(**options):
+        (got,) = implicit_gradient(lower, upper, {"w": w}, [phi], **options)
+        return got
+
     errors = []
     for j in (0, 3, 10, 30, 100):
-        (got,) = implicit_gradient(lower, upper, {"w": w}, [phi], neumann_steps=j, inner_lr=eta)
-        powers = [torch.linalg.matrix_power(torch.eye(6, dtype=torch.float64) - eta * a, i) for i in range(j + 1)]
+        got = gradient(neumann_steps=j, inner_lr=eta, scale="exact")
+        one = torch.eye(6, dtype=torch.float64)
+        powers = [torch.linalg.matrix_power(one - eta * a, i) for i in range(j + 1)]
         assert relative_difference(got, eta * b.T @ sum(powers) @ (w - t)) < 1e-12
         errors.append(relative_difference(got, exact))
-    assert errors == sorted(errors, reverse=True) and errors[0] > 0.3 and errors[-1] < 1e-10
-    (published,) = implicit_gradient(lower, upper, {"w": w}, [phi], neumann_steps=3, inner_lr=eta, scale="published")
-    (scaled,) = implicit_gradient(lower, upper, {"w": w}, [phi], neumann_steps=3, inner_lr=eta, scale="exact")
-    assert relative_difference(published * eta, scaled) < 1e-14
-    (diverging,) = implicit_gradient(lower, upper, {"w": w}, [phi], neumann_steps=30, inner_lr=3 * eta)
-    assert relative_difference(diverging, exact) > 100, "beyond 2 / |H| the series must not converge"
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.3 and errors[-1] < 1e-10
+    diverging = gradient(neumann_steps=30, inner_lr=3 * eta, scale="exact")
+    assert relative_difference(diverging, exact) > 100, "beyond 2 / |H| it must not converge"
+
+    scaled = gradient(inner_lr=eta, scale="exact")
+    assert relative_difference(eta * gradient(inner_lr=eta, scale="published"), scaled) < 1e-14
+    assert torch.equal(gradient(inner_lr=eta), gradient(inner_lr=eta, scale="published"))
+    assert auxilearn.parse_args([]).hypergrad_scale == "published", "one default for both"
+    with pytest.raises(ValueError, match="'published' or 'exact', not 'exakt'"):
+        gradient(scale="exakt")
 
 
 def test_it_is_the_derivative_of_the_two_level_problem():
-    """Central differences of L_A(W*(phi)), W* found by Newton's method, on a weighted logistic regression with decay."""
+    """Central differences of L_A(W*(phi)), W* found by Newton's method.
+
+    The problem is a weighted logistic regression with decay.
+    """
     generator = torch.Generator().manual_seed(0)
     x, x_val = torch.randn(2, 20, 3, dtype=torch.float64, generator=generator)
     y, y_val = torch.randint(2, (2, 20), generator=generator).double()
-    phi = (0.3 * torch.randn(21, dtype=torch.float64, generator=generator)).requires_grad_()  # log weights, log decay
+    phi = (
+        0.3 * torch.randn(21, dtype=torch.float64, generator=generator)
+    ).requires_grad_()  # log weights, log decay
 
     def lower(w, phi=phi):
         fit = F.binary_cross_entropy_with_logits(x @ w["w"], y, reduction="none")
@@ -67,12 +102,19 @@ def test_it_is_the_derivative_of_the_two_level_problem():
         w = torch.zeros(3, dtype=torch.float64)
         for _ in range(30):
             gradient = torch.func.grad(lambda w: lower({"w": w}, phi))(w)
-            w = w - torch.linalg.solve(torch.func.hessian(lambda w: lower({"w": w}, phi))(w), gradient)
+            w = w - torch.linalg.solve(
+                torch.func.hessian(lambda w: lower({"w": w}, phi))(w), gradient
+            )
         return w
 
     with torch.no_grad():
         steps = 1e-5 * torch.eye(21, dtype=torch.float64)
-        expected = torch.stack([upper({"w": solve(phi + s)}) - upper({"w": solve(phi - s)}) for s in steps]) / 2e-5
+        expected = (
+            torch.stack(
+                [upper({"w": solve(phi + s)}) - upper({"w": solve(phi - s)}) for s in steps]
+            )
+            / 2e-5
+        )
         minimum = solve(phi.detach())
     (got,) = implicit_gradient(lower, upper, {"w": minimum}, [phi], neumann_steps=120, inner_lr=1.0)
     assert relative_difference(got, expected) < 1e-7
@@ -80,23 +122,37 @@ def test_it_is_the_derivative_of_the_two_level_problem():
 
 
 def by_forward_mode(lower, upper, parameters, hyperparameters, steps, eta):
-    """(5) as published, without a graph of a gradient: each Hessian-vector product is a forward-mode pass through a reverse one,
-    the mixed term the derivative in phi of d/de L_T(W + e p, phi). Random numbers are the same in each lower pass."""
+    """(5) as published, without a graph of a gradient.
+
+    Each Hessian-vector product is a forward-mode pass through a reverse one, the mixed term the
+    derivative in phi of d/de L_T(W + e p, phi). Random numbers are the same in each lower pass.
+    """
     theta = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-    v = total = list(torch.autograd.grad(upper(theta), list(theta.values()), materialize_grads=True))
+    v = total = list(
+        torch.autograd.grad(upper(theta), list(theta.values()), materialize_grads=True)
+    )
 
     def lower_along(tensors, tangents):
         with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng([]):
-            return lower({n: forward_ad.make_dual(p, t) for (n, p), t in zip(tensors.items(), tangents, strict=True)})
+            return lower(
+                {
+                    n: forward_ad.make_dual(p, t)
+                    for (n, p), t in zip(tensors.items(), tangents, strict=True)
+                }
+            )
 
     for _ in range(steps):
         with forward_ad.dual_level():
-            gradients = torch.autograd.grad(lower_along(theta, v), list(theta.values()), materialize_grads=True)
+            gradients = torch.autograd.grad(
+                lower_along(theta, v), list(theta.values()), materialize_grads=True
+            )
             products = [forward_ad.unpack_dual(g).tangent for g in gradients]
         v = [a if b is None else a - eta * b for a, b in zip(v, products, strict=True)]
         total = [a + b for a, b in zip(total, v, strict=True)]
     with forward_ad.dual_level():
-        slope = forward_ad.unpack_dual(lower_along({n: p.detach() for n, p in theta.items()}, total)).tangent
+        slope = forward_ad.unpack_dual(
+            lower_along({n: p.detach() for n, p in theta.items()}, total)
+        ).tangent
     return [-g for g in torch.autograd.grad(slope, hyperparameters, materialize_grads=True)]
 
 
@@ -107,21 +163,31 @@ def flat(gradients):
 @pytest.mark.parametrize("combiner", ["linear", "nonlinear"])
 @pytest.mark.parametrize("backbone", [smooth, mlp, dropout, small_vit, convnet4])
 def test_generate_matches_forward_mode(backbone, combiner):
-    """Batch norm, dropout, stochastic depth, fused attention, max-pooling; both combiners; every group of phi on its own."""
+    """Batch norm, random layers, fused attention, pooling; both combiners; every group of phi."""
     torch.manual_seed(0)
     net, x, x_u = backbone().double(), *torch.randn(2, 4, 3, 32, 32, dtype=torch.float64)
     net(x)  # lazy layers
     trunk, width = strip_classifier(net)
     primary = auxilearn.PrimaryNetwork(trunk, [auxilearn.head(width, n) for n in (3, 6)]).double()
     label_network = auxilearn.LabelNetwork(net, [2, 2, 2]).double()
-    g = auxilearn.MonotoneLinear(2, skip=True) if combiner == "linear" else auxilearn.MonotoneNonlinear(2, [4, 4], 0.5)
+    g = (
+        auxilearn.MonotoneLinear(2, skip=True)
+        if combiner == "linear"
+        else auxilearn.MonotoneNonlinear(2, [4, 4], 0.5)
+    )
     g, y, y_u = g.double(), torch.tensor([0, 1, 2, 0]), torch.tensor([2, 1, 0, 1])
     buffers, theta = dict(primary.named_buffers()), dict(primary.named_parameters())
-    groups = [list(g.parameters()), list(label_network.trunk.parameters()), list(label_network.label_head.parameters())]
+    groups = [
+        list(g.parameters()),
+        list(label_network.trunk.parameters()),
+        list(label_network.label_head.parameters()),
+    ]
     phi = [p for group in groups for p in group]
 
     def outputs(theta, images):
-        return functional_call(primary, theta | {n: b.clone() for n, b in buffers.items()}, (images,))
+        return functional_call(
+            primary, theta | {n: b.clone() for n, b in buffers.items()}, (images,)
+        )
 
     def losses():
         torch.manual_seed(1)
@@ -130,26 +196,41 @@ def test_generate_matches_forward_mode(backbone, combiner):
         state = torch.get_rng_state()
 
         def lower(theta):
-            torch.set_rng_state(state)  # no effect within implicit_gradient, which starts from here itself
+            torch.set_rng_state(
+                state
+            )  # no effect within implicit_gradient, which starts from here itself
             with sdpa_kernel(SDPBackend.MATH):
                 return g(image_losses(outputs(theta, x), y, labels))
 
         return lower, lambda theta: image_losses(outputs(theta, x_u)[:1], y_u)[:, 0].mean()
 
-    got = implicit_gradient(*losses(), theta, phi, neumann_steps=2, inner_lr=0.01, scale="published")
+    got = implicit_gradient(
+        *losses(), theta, phi, neumann_steps=2, inner_lr=0.01, scale="published"
+    )
     expected = by_forward_mode(*losses(), theta, phi, 2, 0.01)
-    for start, group in zip((0, len(groups[0]), len(groups[0]) + len(groups[1])), groups, strict=True):
-        ours, theirs = (flat(gradients[start : start + len(group)]) for gradients in (got, expected))
+    for start, group in zip(
+        (0, len(groups[0]), len(groups[0]) + len(groups[1])), groups, strict=True
+    ):
+        ours, theirs = (
+            flat(gradients[start : start + len(group)]) for gradients in (got, expected)
+        )
         assert theirs.abs().max() > 0 and relative_difference(ours, theirs) < 1e-10
-    without = implicit_gradient(*losses(), theta, phi, neumann_steps=0, inner_lr=0.01, scale="published")
+    without = implicit_gradient(
+        *losses(), theta, phi, neumann_steps=0, inner_lr=0.01, scale="published"
+    )
     assert relative_difference(flat(without), flat(expected)) > 1e-6, "the series matters"
 
 
 def test_random_layers_draw_once():
-    """Dropout's masks in the products are those of the mixed term: there is one lower pass, so the caller's random numbers are
-    those of one upper and one lower pass."""
+    """Dropout's masks in the products are those of the mixed term: there is one lower pass.
+
+    So the caller's random numbers are those of one upper and one lower pass.
+    """
     torch.manual_seed(0)
-    net, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1)).double(), torch.randn(9, 5).double()
+    net, x = (
+        nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 1)).double(),
+        torch.randn(9, 5).double(),
+    )
     phi = torch.zeros(1, dtype=torch.float64, requires_grad=True)
     calls = []
 
@@ -177,13 +258,25 @@ def test_a_scene_network_matches_forward_mode():
     """SegNet: unpooling, three heads, losses of whole scenes with unknown pixels."""
     torch.manual_seed(0)
     split = make_scenes(4, 1, 32, 32).train
-    x, y = split.images.double() / 255, (split.segmentation.long(), split.depth.double(), split.normals.double())
+    x, y = (
+        split.images.double() / 255,
+        (split.segmentation.long(), split.depth.double(), split.normals.double()),
+    )
     heads = [nn.Conv2d(2, n, 1) for n in (6, 1, 3)]
-    primary, g = auxilearn.PrimaryNetwork(SegNet(2), heads).double(), auxilearn.MonotoneNonlinear(3, [3]).double()
-    buffers, theta, phi = dict(primary.named_buffers()), dict(primary.named_parameters()), list(g.parameters())
+    primary, g = (
+        auxilearn.PrimaryNetwork(SegNet(2), heads).double(),
+        auxilearn.MonotoneNonlinear(3, [3]).double(),
+    )
+    buffers, theta, phi = (
+        dict(primary.named_buffers()),
+        dict(primary.named_parameters()),
+        list(g.parameters()),
+    )
 
     def losses(theta, at):
-        outputs = functional_call(primary, theta | {n: b.clone() for n, b in buffers.items()}, (x[at],))
+        outputs = functional_call(
+            primary, theta | {n: b.clone() for n, b in buffers.items()}, (x[at],)
+        )
         return scene_losses(outputs, [t[at] for t in y])
 
     def lower(theta):
@@ -192,51 +285,85 @@ def test_a_scene_network_matches_forward_mode():
     def upper(theta):
         return losses(theta, slice(2, 4))[:, 0].mean()
 
-    got = implicit_gradient(lower, upper, theta, phi, neumann_steps=3, inner_lr=1e-3, scale="published")
+    got = implicit_gradient(
+        lower, upper, theta, phi, neumann_steps=3, inner_lr=1e-3, scale="published"
+    )
     expected = by_forward_mode(lower, upper, theta, phi, 3, 1e-3)
-    assert all(e.abs().max() > 0 for e in expected[:2]) and relative_difference(flat(got), flat(expected)) < 1e-10
+    assert (
+        all(e.abs().max() > 0 for e in expected[:2])
+        and relative_difference(flat(got), flat(expected)) < 1e-10
+    )
 
 
 def test_what_a_loss_does_not_reach_counts_as_zero():
-    """A hyperparameter that nothing depends on, and a parameter that only one of the losses depends on."""
+    """A hyperparameter that nothing depends on, and parameters of one of the losses alone."""
     a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
-    theta = {"w": torch.tensor([1.0, 2.0]), "only_upper": torch.ones(1), "only_lower": torch.ones(1)}
+    theta = {
+        "w": torch.tensor([1.0, 2.0]),
+        "only_upper": torch.ones(1),
+        "only_lower": torch.ones(1),
+    }
     lower = lambda t: (a * t["w"].square()).sum() * (1 + t["only_lower"].sum())  # noqa: E731
-    got = implicit_gradient(lower, lambda t: t["w"].sum() + t["only_upper"].sum(), theta, [a, b], neumann_steps=1, inner_lr=0.1)
+    got = implicit_gradient(
+        lower,
+        lambda t: t["w"].sum() + t["only_upper"].sum(),
+        theta,
+        [a, b],
+        neumann_steps=1,
+        inner_lr=0.1,
+    )
     assert (got[0] != 0).all() and (got[1] == 0).all()
 
 
 def test_the_docstring_s_example_runs():
     text = auxilearn.implicit_gradient.__doc__
-    lines = [line[8:] for line in text.splitlines() if line.startswith("        ") or not line.strip()]
+    lines = [
+        line[8:] for line in text.splitlines() if line.startswith("        ") or not line.strip()
+    ]
     code = "\n".join(lines)
     code = code[code.index("model, log_decay") :]
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
-    namespace = {"nn": nn, "torch": torch, "functional_call": functional_call, "implicit_gradient": implicit_gradient}
+    namespace = {
+        "nn": nn,
+        "torch": torch,
+        "functional_call": functional_call,
+        "implicit_gradient": implicit_gradient,
+    }
     exec(code, namespace)
     assert namespace["gradients"][0].shape == (1,) and namespace["gradients"][0].abs() > 0
 
 
-# ---------------------------------------- The combiners ----------------------------------------
+# ---------------------------- The combiners ----------------------------
 
 
 def test_combiners_match_loops_and_are_monotone():
     torch.manual_seed(0)
     losses = 3 * torch.rand(5, 3, dtype=torch.float64)
-    linear, skip = auxilearn.MonotoneLinear(3).double(), auxilearn.MonotoneLinear(3, skip=True).double()
+    linear, skip = (
+        auxilearn.MonotoneLinear(3).double(),
+        auxilearn.MonotoneLinear(3, skip=True).double(),
+    )
     linear.weight.data, skip.weight.data = torch.tensor([[0.5, 2.0, 0.0], [0.5, 2.0, 0.0]]).double()
     rows = losses.tolist()
     assert abs(linear(losses).item() - sum(0.5 * a + 2 * b for a, b, _ in rows) / 5) < 1e-12
     assert abs(skip(losses).item() - sum(1.5 * a + 2 * b for a, b, _ in rows) / 5) < 1e-12
     net = auxilearn.MonotoneNonlinear(3, [4, 2], high=0.3).double()
-    assert all((p == 0).all() if n.endswith("bias") else (p >= 0).all() and p.max() <= 0.3 for n, p in net.named_parameters())
+    assert all(
+        (p == 0).all() if n.endswith("bias") else (p >= 0).all() and p.max() <= 0.3
+        for n, p in net.named_parameters()
+    )
     values = []
     for row in rows:
         z = row
         for layer in [m for m in net.net if isinstance(m, nn.Linear)]:
-            z = [sum(w * v for w, v in zip(weights, z, strict=True)) for weights in layer.weight.tolist()]
+            z = [
+                sum(w * v for w, v in zip(weights, z, strict=True))
+                for weights in layer.weight.tolist()
+            ]
             if layer.bias is not None:
-                z = [math.log1p(math.exp(v + c)) for v, c in zip(z, layer.bias.tolist(), strict=True)]
+                z = [
+                    math.log1p(math.exp(v + c)) for v, c in zip(z, layer.bias.tolist(), strict=True)
+                ]
         values.append(z[0] + row[0])
     assert abs(float(net(losses).detach()) - sum(values) / 5) < 1e-12
     for combiner in (linear, skip, net):
@@ -257,7 +384,7 @@ def test_clamped_weights_are_never_negative_and_biases_are_free():
 
 def test_uncertainty_and_dynamic_weights_match_their_formulas():
     losses = torch.tensor([[1.0, 4.0], [3.0, 2.0]])
-    uncertain = auxilearn.WeightedSum(2, uncertainty=True)
+    uncertain = auxilearn.UncertaintySum(2)
     with torch.no_grad():
         uncertain.s.copy_(torch.tensor([0.3, -1.0]))
     expected = sum(l / (2 * math.exp(s)) + s / 2 for l, s in ((2, 0.3), (3, -1.0)))  # noqa: E741
@@ -286,17 +413,32 @@ def test_gradient_cosine_similarity_drops_an_opposing_gradient(sign):
         return torch.cat([(outputs[0] - y).square(), sign * 0.5 * (outputs[1] - y).square()], dim=1)
 
     parameters = dict(primary.named_parameters())
-    main, both = (dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True), strict=True))
-                  for loss in (losses(primary(x), y, None)[:, 0].mean(), losses(primary(x), y, None).mean(dim=0).sum()))
+    main, both = (
+        dict(
+            zip(
+                parameters,
+                torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True),
+                strict=True,
+            )
+        )
+        for loss in (
+            losses(primary(x), y, None)[:, 0].mean(),
+            losses(primary(x), y, None).mean(dim=0).sum(),
+        )
+    )
     optimizer = torch.optim.SGD(primary.parameters(), 1e-9)
     loss, means = auxilearn.gcs_step(primary, optimizer, x, y, None, losses)
     for name, p in parameters.items():
         expected = main[name] if name.startswith("trunk.") and sign < 0 else both[name]
         assert relative_difference(p.grad, expected) < 1e-12, name
-    assert relative_difference(main["trunk.weight"], both["trunk.weight"]) > 0.1 and means.shape == (2,) and loss.shape == ()
+    assert (
+        relative_difference(main["trunk.weight"], both["trunk.weight"]) > 0.1
+        and means.shape == (2,)
+        and loss.shape == ()
+    )
 
 
-# ---------------------------------------- Losses and metrics, against slow versions ----------------------------------------
+# ---------------------------- Losses and metrics ----------------------------
 
 
 def test_masked_softmax_and_focal_loss_match_loops():
@@ -313,23 +455,35 @@ def test_masked_softmax_and_focal_loss_match_loops():
     logits = torch.randn(5, 8, dtype=torch.float64)
     p = logits.exp() / logits.exp().sum(1, keepdim=True)
     hard = torch.tensor([-((1 - p[n, y[n]]) ** 2) * math.log(p[n, y[n]]) for n in range(5)])
-    soft = torch.tensor([sum(labels[n, k] * -((1 - p[n, k]) ** 2) * math.log(p[n, k]) for k in range(8)) for n in range(5)])
+    soft = torch.tensor(
+        [
+            sum(labels[n, k] * -((1 - p[n, k]) ** 2) * math.log(p[n, k]) for k in range(8))
+            for n in range(5)
+        ]
+    )
     assert relative_difference(auxilearn.focal_loss(logits, y), hard) < 1e-6
     assert relative_difference(auxilearn.focal_loss(logits, labels), soft) < 1e-6
     losses = image_losses((logits, logits), y, labels)
     assert losses.shape == (5, 2) and relative_difference(losses[:, 0], hard) < 1e-6
     assert relative_difference(losses[:, 1], 0.25 * soft) < 1e-6
-    assert image_losses((logits, logits), y).shape == image_losses((logits,), y, labels).shape == (5, 1)
+    assert (
+        image_losses((logits, logits), y).shape
+        == image_losses((logits,), y, labels).shape
+        == (5, 1)
+    )
 
 
 def tiny_scenes():
-    """Random outputs and targets for 3 scenes of 2x3 pixels, with void pixels; one scene knows no depth at all."""
+    """Random outputs and targets for 3 scenes of 2x3 pixels; one scene knows no depth at all."""
     generator = torch.Generator().manual_seed(0)
     outputs = [torch.randn(3, c, 2, 3, dtype=torch.float64, generator=generator) for c in (4, 1, 3)]
     segmentation = torch.randint(-1, 4, (3, 2, 3), generator=generator)
     depth = torch.rand(3, 2, 3, dtype=torch.float64, generator=generator) * 5 * (segmentation >= 0)
     depth[2] = 0
-    normals = F.normalize(torch.randn(3, 3, 2, 3, dtype=torch.float64, generator=generator), dim=1) * (depth > 0)[:, None]
+    normals = (
+        F.normalize(torch.randn(3, 3, 2, 3, dtype=torch.float64, generator=generator), dim=1)
+        * (depth > 0)[:, None]
+    )
     assert (segmentation == -1).any() and (depth[:2] > 0).any()
     return outputs, (segmentation, depth, normals)
 
@@ -343,7 +497,9 @@ def test_scene_losses_match_loops():
             for j in range(3):
                 z = outputs[0][n, :, i, j].tolist()
                 if segmentation[n, i, j] >= 0:
-                    expected[n, 0] += (math.log(sum(map(math.exp, z))) - z[segmentation[n, i, j]]) / 6
+                    expected[n, 0] += (
+                        math.log(sum(map(math.exp, z))) - z[segmentation[n, i, j]]
+                    ) / 6
                 if depth[n, i, j] > 0:
                     expected[n, 1] += abs(outputs[1][n, 0, i, j] - depth[n, i, j]) / known
                     m = outputs[2][n, :, i, j]
@@ -366,11 +522,20 @@ def test_scene_metrics_match_loops():
             values += [hit / union] if union else []
         return 100 * sum(values) / len(values)
 
-    images = [list(zip(segmentation[n].flatten().tolist(), prediction[n].flatten().tolist(), strict=True)) for n in range(3)]
+    images = [
+        list(zip(segmentation[n].flatten().tolist(), prediction[n].flatten().tolist(), strict=True))
+        for n in range(3)
+    ]
     together = [pixel for image in images for pixel in image]
-    accuracy = [100 * sum(t == p for t, p in image) / sum(t >= 0 for t, _ in image) for image in (*images, together)]
+    accuracy = [
+        100 * sum(t == p for t, p in image) / sum(t >= 0 for t, _ in image)
+        for image in (*images, together)
+    ]
     got = auxilearn.segmentation_metrics(confusion)
-    assert abs(got["miou"] - iou(together, False)) < 1e-9 and abs(got["pixel_accuracy"] - accuracy[3]) < 1e-9
+    assert (
+        abs(got["miou"] - iou(together, False)) < 1e-9
+        and abs(got["pixel_accuracy"] - accuracy[3]) < 1e-9
+    )
     assert abs(got["miou_per_image"] - sum(iou(image, True) for image in images) / 3) < 1e-9
     assert abs(got["pixel_accuracy_per_image"] - sum(accuracy[:3]) / 3) < 1e-9
     assert got["miou"] != got["miou_per_image"], "the two protocols differ"
@@ -385,9 +550,13 @@ def test_scene_metrics_match_loops():
 
         def __iter__(self):
             for at in ([0, 1], [2]):
-                yield torch.tensor(at, dtype=torch.float64)[:, None, None, None], (segmentation[at], depth[at], normals[at]), at
+                yield (
+                    torch.tensor(at, dtype=torch.float64)[:, None, None, None],
+                    (segmentation[at], depth[at], normals[at]),
+                    at,
+                )
 
-    metrics = auxilearn.evaluate(Fixed(), Loader(), scene_losses, torch.autocast("cpu", enabled=False))
+    metrics = auxilearn.evaluate_scenes(Fixed(), Loader())
     known = [(n, i, j) for n in range(3) for i in range(2) for j in range(3) if depth[n, i, j] > 0]
     errors = [abs(float(outputs[1][n, 0, i, j] - depth[n, i, j])) for n, i, j in known]
     relative = [e / float(depth[at]) for e, at in zip(errors, known, strict=True)]
@@ -395,43 +564,79 @@ def test_scene_metrics_match_loops():
     for n, i, j in known:
         m = outputs[2][n, :, i, j]
         angles.append(math.degrees(math.acos(float(m @ normals[n, :, i, j] / m.norm()))))
-    expected = {"depth_error": sum(errors) / len(known), "depth_relative_error": sum(relative) / len(known),
-                "normal_mean": sum(angles) / len(known), "normal_median": sorted(angles)[(len(angles) - 1) // 2],
-                "miou": got["miou"], "pixel_accuracy": got["pixel_accuracy"]}
-    expected |= {f"normal_within_{limit}": 100 * sum(a <= limit for a in angles) / len(angles) for limit in (11.25, 22.5, 30)}
+    expected = {
+        "depth_error": sum(errors) / len(known),
+        "depth_relative_error": sum(relative) / len(known),
+        "normal_mean": sum(angles) / len(known),
+        "normal_median": statistics.median(angles),
+        "miou": got["miou"],
+        "pixel_accuracy": got["pixel_accuracy"],
+    }
+    expected |= {
+        f"normal_within_{limit}": 100 * sum(a <= limit for a in angles) / len(angles)
+        for limit in (11.25, 22.5, 30)
+    }
     for name, value in expected.items():
         assert abs(metrics[f"test_{name}"] - value) < 1e-9, name
 
 
-# ---------------------------------------- The steps ----------------------------------------
+# ---------------------------- The steps ----------------------------
 
 
 def image_case(seed=0):
     torch.manual_seed(seed)
     trunk, width = strip_classifier(mlp())
     primary = auxilearn.PrimaryNetwork(trunk, [auxilearn.head(width, n) for n in (3, 6)])
-    label_network, combiner = auxilearn.LabelNetwork(mlp(), [2, 2, 2]), auxilearn.MonotoneLinear(2, skip=True)
-    x, x_u = torch.randn(2, 9, 3, 32, 32)
-    return primary, label_network, combiner, x, torch.arange(9) % 3, x_u
+    label_network = auxilearn.LabelNetwork(mlp(), [2, 2, 2])
+    combiner = auxilearn.MonotoneLinear(2, skip=True)
+    x, x_upper = torch.randn(2, 9, 3, 32, 32)
+    return primary, label_network, combiner, x, torch.arange(9) % 3, x_upper
 
 
 def test_the_upper_step_moves_phi_and_nothing_else():
-    primary, label_network, combiner, x, y, x_u = image_case()
-    before = {n: t.clone() for n, t in primary.state_dict().items()}
+    primary, label_network, combiner, x, y, x_upper = image_case()
+    before = {name: t.clone() for name, t in primary.state_dict().items()}
     phi = [*combiner.parameters(), *label_network.parameters()]
     old = [p.clone() for p in phi]
     optimizer = torch.optim.SGD(phi, 10.0)
-    options = {"neumann_steps": 3, "inner_lr": 0.01, "scale": "published"}
-    norm = auxilearn.upper_step(primary, combiner, label_network, optimizer, x, y, (x_u, y), image_losses, clip=1e-2, **options)
-    assert all(torch.equal(before[n], t) for n, t in primary.state_dict().items()) and norm > 1e-2
-    assert sum(not torch.equal(a, b) for a, b in zip(old, phi, strict=True)) >= len(phi) - 1  # a bias before batch norm is idle
-    moved = torch.cat([(a - b).flatten() for a, b in zip(old, phi, strict=True)]).norm()
-    assert abs(float(moved.detach()) - 10 * 1e-2) < 1e-4, "the clipped norm times the rate"
+
+    def step():
+        networks = (primary, combiner, label_network, optimizer)
+        batches = (x, y, x_upper, y)
+        return auxilearn.upper_step(*networks, *batches, image_losses, clip=1e-2, inner_lr=0.01)
+
+    assert step() > 1e-2
+    for name, value in primary.state_dict().items():
+        assert torch.equal(before[name], value), name
+    moved = sum(not torch.equal(a, b) for a, b in zip(old, phi, strict=True))
+    assert moved >= len(phi) - 1, "a bias before batch norm is idle"
+    distance = torch.cat([(a - b).flatten() for a, b in zip(old, phi, strict=True)]).norm()
+    assert distance.item() == pytest.approx(10 * 1e-2, abs=1e-4), "the clipped norm times the rate"
+
     for _ in range(30):  # towards lower weights until the clamp holds them
         for p in combiner.parameters():
             p.data.sub_(0.2)
-        auxilearn.upper_step(primary, combiner, label_network, optimizer, x, y, (x_u, y), image_losses, clip=1e-2, **options)
+        step()
         assert (combiner.weight >= 0).all()
+
+
+def test_the_upper_step_puts_layout_and_precision_back():
+    primary, label_network, combiner, x, y, x_upper = image_case()
+    primary.trunk.layout = torch.channels_last
+    label_network.trunk.bf16 = True
+    optimizer = torch.optim.SGD(combiner.parameters(), 0.1)
+
+    def broken(outputs, y, labels=None):
+        assert primary.trunk.layout is torch.contiguous_format
+        assert not label_network.trunk.bf16
+        raise RuntimeError("in between")
+
+    networks = (primary, combiner, label_network, optimizer)
+    expected = pytest.raises(RuntimeError, match="in between")
+    with expected, auxilearn.full_precision(primary, label_network):
+        auxilearn.upper_step(*networks, x, y, x_upper, y, broken, clip=1.0)
+    assert primary.trunk.layout is torch.channels_last
+    assert label_network.trunk.bf16 and not primary.trunk.bf16
 
 
 def test_the_lower_step_gives_phi_no_gradient():
@@ -441,42 +646,72 @@ def test_the_lower_step_gives_phi_no_gradient():
     optimizer = torch.optim.SGD(primary.parameters(), 0.1)
     before = [p.clone() for p in primary.parameters()]
     loss, means = auxilearn.lower_step(primary, optimizer, x, y, combiner, image_losses, labels)
-    assert combiner.weight.grad is None and abs(float(loss) - float(2 * means[0] + means[1])) < 1e-5
-    assert all(not torch.equal(a, b) for a, b in zip(before, primary.parameters(), strict=True))
+    assert combiner.weight.grad is None
+    assert loss.item() == pytest.approx(float(2 * means[0] + means[1]), abs=1e-5)
+    for a, b in zip(before, primary.parameters(), strict=True):
+        assert not torch.equal(a, b)
 
 
-@pytest.mark.parametrize("flags, sizes", [
-    ([], (900, 100)), (["--aux-set", "0"], (1000, 1000)), (["--aux-set", "0.0084"], (992, 8)),
-    (["--method", "single"], (1000, 1000)), (["--train-fraction", "0.5", "--aux-set", "0.2"], (400, 100)),
-    (["--aux-set", "1e-9"], (998, 2)),
-])  # fmt: skip
+def test_effective_weights_have_the_skip_and_are_what_a_step_uses():
+    linear = auxilearn.MonotoneLinear(3, skip=True)
+    linear.weight.data = torch.tensor([1.25, 0.5, 0.0])
+    losses = torch.tensor([2.0, 3.0, 4.0])
+    assert auxilearn.effective_weights(linear, losses).tolist() == [2.25, 0.5, 0.0]
+    uncertain = auxilearn.UncertaintySum(3)
+    expected = [0.5 * math.exp(0.5)] * 3
+    assert auxilearn.effective_weights(uncertain, losses).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "flags, sizes",
+    [
+        ("", (900, 100)),
+        ("--aux-set 0", (1000, 1000)),
+        ("--aux-set 0.0084", (992, 8)),
+        ("--method single", (1000, 1000)),
+        ("--train-fraction 0.5 --aux-set 0.2", (400, 100)),
+        ("--aux-set 1e-9", (998, 2)),
+        ("--validation 0.2 --aux-set 0.1", (720, 80)),
+    ],
+)
 def test_the_auxiliary_set_is_held_out(flags, sizes):
-    args = auxilearn.parse_args(["--dataset", "synthetic", *flags])
-    _, train, aux = auxilearn.load_data(args)
+    args = auxilearn.parse_args(["--dataset", "synthetic", *flags.split()])
+    args.seed = 0
+    data, train, aux = auxilearn.load_data(args)
     assert (len(train), len(aux)) == sizes
     rows = torch.cat([train.images, aux.images]).flatten(1)
-    assert len(rows.unique(dim=0)) == (sum(sizes) if sizes[0] != 1000 else 1000), "no image is in both"
+    distinct = 1000 if sizes[0] == 1000 else sum(sizes)
+    assert len(rows.unique(dim=0)) == distinct, "no image is in both"
+    if "validation" in flags:
+        assert len(data.test) == 200
     if sizes[1] == 100:
         assert aux.labels.bincount().tolist() == [25] * 4
 
 
-# ---------------------------------------- The claim ----------------------------------------
+# ---------------------------- The claim ----------------------------
 
 
 def learned_weights(seed, steps=150, upper_targets="clean"):
-    """The linear combiner's weights of four losses of one small regression: the main one, on noisy targets; helpful, clean
-    targets on the primary output; useless, independent noise on a head of its own; harmful, another sample's targets on the
-    primary output. The auxiliary set's targets are clean, unless told."""
+    """The linear combiner's weights of four losses of one small regression.
+
+    The main one has noisy targets. Helpful: clean targets on the primary output. Useless:
+    independent noise on a head of its own. Harmful: another sample's targets on the primary output.
+    The auxiliary set's targets are clean, unless told.
+    """
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     teacher = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1)).requires_grad_(False)
     for p in teacher.parameters():
         p.mul_(2)
-    x, x_u = torch.randn(60, 8, generator=generator), torch.randn(40, 8, generator=generator)
-    clean, y_u = teacher(x), teacher(x_u)
-    noise, wrong = torch.randn(2, 60, 1, generator=generator), clean[torch.randperm(60, generator=generator)]
+    x = torch.randn(60, 8, generator=generator)
+    x_clean = torch.randn(40, 8, generator=generator)
+    clean = teacher(x)
+    noise = torch.randn(2, 60, 1, generator=generator)
+    wrong = clean[torch.randperm(60, generator=generator)]
     targets = (clean + clean.std() * noise[0], clean, noise[1], wrong)
-    upper = (x_u, (y_u,)) if upper_targets == "clean" else (x, (wrong,))
+    upper = (x_clean, (teacher(x_clean),))
+    if upper_targets == "wrong":
+        upper = (x, (wrong,))
 
     def losses(outputs, y, labels=None):
         pairs = [(outputs[0], y[0])]
@@ -484,18 +719,21 @@ def learned_weights(seed, steps=150, upper_targets="clean"):
             pairs += [(outputs[0], y[1]), (outputs[1], y[2]), (outputs[0], y[3])]
         return torch.cat([(output - target).square() for output, target in pairs], dim=1)
 
-    primary = auxilearn.PrimaryNetwork(nn.Sequential(nn.Linear(8, 32), nn.Tanh()), [nn.Linear(32, 1), nn.Linear(32, 1)])
+    trunk = nn.Sequential(nn.Linear(8, 32), nn.Tanh())
+    primary = auxilearn.PrimaryNetwork(trunk, [nn.Linear(32, 1), nn.Linear(32, 1)])
     combiner = auxilearn.MonotoneLinear(4)
-    optimizer, upper_optimizer = torch.optim.SGD(primary.parameters(), 0.05), torch.optim.SGD(combiner.parameters(), 0.2)
-    options = {"neumann_steps": 3, "inner_lr": 0.05, "scale": "published", "clip": 10.0}
+    optimizer = torch.optim.SGD(primary.parameters(), 0.05)
+    upper_optimizer = torch.optim.SGD(combiner.parameters(), 0.2)
+    options = {"neumann_steps": 3, "inner_lr": 0.05, "clip": 10.0}
     for step in range(steps):
         auxilearn.lower_step(primary, optimizer, x, targets, combiner, losses)
         if step % 5 == 4:
-            auxilearn.upper_step(primary, combiner, None, upper_optimizer, x, targets, upper, losses, **options)
+            networks = (primary, combiner, None, upper_optimizer)
+            auxilearn.upper_step(*networks, x, targets, *upper, losses, **options)
     return combiner.weight.tolist()
 
 
-def test_the_claim_helpful_useless_and_harmful_losses_are_ranked_so_in_every_seed():
+def test_the_claim_losses_are_ranked_by_their_use_in_every_seed():
     for seed in range(5):
         weights = learned_weights(seed)
         print(f"seed {seed}: main, helpful, useless, harmful {[round(w, 2) for w in weights]}")
@@ -505,19 +743,32 @@ def test_the_claim_helpful_useless_and_harmful_losses_are_ranked_so_in_every_see
     assert harmful > helpful, "what is harmful is decided by the auxiliary set alone"
 
 
+def metrics_of(summary) -> list[dict]:
+    lines = (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def run_with(flags: str, out_dir) -> dict:
+    return auxilearn.main([*flags.split(), "--device", "cpu", "--out-dir", str(out_dir)])
+
+
+SCENES = "--mode combine --dataset synthetic-scenes"
+
+
 def test_scenes_train_end_to_end_and_beat_the_constant_predictors(tmp_path):
-    data = make_scenes()
+    data = make_scenes(height=48, width=64)
     known = data.test.depth > 0
-    mean = F.normalize(data.train.normals.movedim(1, -1)[data.train.depth > 0].mean(dim=0), dim=0)
-    constant = float((data.test.normals.movedim(1, -1)[known] @ mean).acos().rad2deg().mean())
+    true_normals = data.train.normals.movedim(1, -1)[data.train.depth > 0]
+    mean = F.normalize(true_normals.mean(dim=0), dim=0)
+    cosine = data.test.normals.movedim(1, -1)[known] @ mean
+    constant = float(cosine.acos().rad2deg().mean())
     wall = data.classes.index("wall")
-    share = float((data.test.segmentation[known] == wall).float().mean())
-    flags = ["--mode", "combine", "--dataset", "synthetic-scenes", "--epochs", 3, "--out-dir", tmp_path, "--device", "cpu"]
-    folder = Path(auxilearn.main([str(f) for f in flags])["folder"])
-    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
-    print(f"pixel accuracy {last['test_pixel_accuracy']:.1f} (wall everywhere {100 * share:.1f}), mIoU {last['test_miou']:.1f} "
-          f"({100 * share / 6:.1f}), angle {last['test_normal_mean']:.1f} (mean normal {constant:.1f})")
-    assert last["test_pixel_accuracy"] > 100 * share + 5 and last["test_miou"] > 2 * 100 * share / 6
+    share = 100 * float((data.test.segmentation[known] == wall).float().mean())
+
+    *_, last = metrics_of(run_with(f"{SCENES} --epochs 2", tmp_path))
+    print(f"wall everywhere {share:.1f}, mean normal {constant:.1f} degrees", last)
+    assert last["test_pixel_accuracy"] > share + 5
+    assert last["test_miou"] > 2 * share / 6
     assert last["test_normal_mean"] < constant - 1
     assert last["segmentation_weight"] != 1 and last["hypergradient_norm"] > 0
     assert {"test_depth_error", "test_normal_within_11.25", "test_miou_per_image"} <= last.keys()
@@ -525,143 +776,190 @@ def test_scenes_train_end_to_end_and_beat_the_constant_predictors(tmp_path):
 
 @pytest.fixture
 def few_scenes(monkeypatch):
-    """Runs on 40 training and 8 test scenes; returns the flags of such a run on a narrow network."""
-    monkeypatch.setattr(common, "make_scenes", lambda height, width: make_scenes(40, 8, height, width))
-    return ["--mode", "combine", "--dataset", "synthetic-scenes", "--width", "2", "--device", "cpu"]
+    """Runs see 40 training and 8 test scenes; returns the flags of one on a narrow network."""
+    few = make_scenes(40, 8, 48, 64)
+    monkeypatch.setattr(common, "make_scenes", lambda height, width: few)
+    return f"{SCENES} --width 2"
 
 
 @pytest.mark.parametrize("method", ["single", "equal", "uncertainty", "dwa", "gcs", "auxilearn"])
-def test_combine_s_methods_run_and_reads_do_not_grow_with_the_steps(method, tmp_path, few_scenes):
-    from test_contract import count_reads
-
-    reads, tasks = [], ("segmentation", "depth", "normals")
-    upper = ["--upper-every", "3"] if method == "auxilearn" else []
-    for steps in (3, 6):
-        flags = [*few_scenes, *upper, "--method", method, "--max-steps", str(steps), "--epochs", "3" if method == "dwa" else "1"]
-        with count_reads() as mode:
-            summary = auxilearn.main([*flags, "--out-dir", str(tmp_path / str(steps))])
-        reads.append(mode.reads)
-    lines = [json.loads(line) for line in (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()]
-    assert reads[0] == reads[1] and ("test_depth_error" in lines[0]) == (method != "single")
+def test_every_method_of_combine_runs(method, tmp_path, few_scenes):
+    epochs = 3 if method == "dwa" else 1
+    flags = f"{few_scenes} --method {method} --max-steps 3 --epochs {epochs} --upper-every 3"
+    *_, last = metrics_of(run_with(flags, tmp_path))
+    assert ("test_depth_error" in last) == (method != "single")
+    weights = [last.get(f"{task}_weight") for task in ("segmentation", "depth", "normals")]
     if method == "dwa":
-        weights = [lines[1][f"{task}_weight"] for task in tasks]
-        assert weights != [1, 1, 1] and abs(sum(weights) - 3) < 1e-5
+        assert weights != [1, 1, 1] and sum(weights) == pytest.approx(3)
+    elif method in ("equal", "gcs"):
+        assert weights == [1, 1, 1]
+    elif method == "single":
+        assert weights == [1, None, None]
 
 
 def test_a_combine_run_resumes_bit_for_bit(tmp_path, few_scenes):
-    from test_contract import numbers, same_state
+    flags = f"{few_scenes} --max-steps 4 --upper-every 3 --combiner nonlinear --epochs 3"
+    whole = run_with(flags, tmp_path / "whole")["folder"]
+    step = auxilearn.lower_step
+    calls = []
 
-    flags = [*few_scenes, "--max-steps", "4", "--upper-every", "3", "--combiner", "nonlinear", "--epochs", "3", "--out-dir"]
-    whole = auxilearn.main([*flags, str(tmp_path / "a")])["folder"]
-    step, calls = auxilearn.lower_step, []
-
-    def interrupted_step(*args, **kwargs):
+    def interrupted_step(*args, **options):
         calls.append(1)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return step(*args, **kwargs)
+        return step(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(auxilearn, "lower_step", interrupted_step)
-        auxilearn.main([*flags, str(tmp_path / "b")])
-    resumed = auxilearn.main([*flags, str(tmp_path / "b"), "--resume"])["folder"]
+        run_with(flags, tmp_path / "resumed")
+    resumed = run_with(f"{flags} --resume", tmp_path / "resumed")["folder"]
     assert numbers(whole) == numbers(resumed) and len(numbers(whole)) == 3
-    assert same_state(*(torch.load(Path(f) / "last.pt", weights_only=True) for f in (whole, resumed)))
+    assert same_state(checkpoint(whole), checkpoint(resumed))
 
 
-# ---------------------------------------- The command line ----------------------------------------
+# ---------------------------- The command line ----------------------------
 
 
-GENERATE = ["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--device", "cpu", "--max-steps", "6", "--epochs", "2"]
+FLAGS = [
+    "--method single",
+    "--method human",
+    "--method uncertainty",
+    "--method gcs",
+    "--label-backbone convnet4",
+    "--psi 2",
+    "--combiner nonlinear",
+    "--combiner nonlinear --hidden 4",
+    "--aux-set 0",
+    "--upper-every 1",
+    "--upper-batch-size 7",
+    "--neumann-steps 0",
+    "--inner-lr 1e-4",
+    "--hypergrad-scale exact",
+    "--clip 1e-3",
+    "--upper-lr 0.5",
+    "--upper-weight-decay 1.0",
+    "--amp bf16",
+    "--lr 0.01",
+    "--momentum 0.9",
+    "--weight-decay 0.1",
+    "--schedule cosine --epochs 2",
+    "--optimizer adam",
+    "--optimizer adamw",
+    "--batch-size 20",
+    "--train-fraction 0.5",
+    "--validation 0.1",
+    "--workers 0",
+]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--method", "single"], ["--method", "human"], ["--method", "uncertainty"], ["--method", "gcs"],
-    ["--label-backbone", "convnet4"], ["--psi", 2], ["--combiner", "nonlinear"], ["--combiner", "nonlinear", "--hidden", 4],
-    ["--aux-set", 0], ["--upper-every", 2], ["--upper-batch-size", 7], ["--neumann-steps", 0], ["--inner-lr", 1e-4],
-    ["--hypergrad-scale", "exact"], ["--clip", 1e-3], ["--upper-lr", 0.5], ["--upper-weight-decay", 1.0], ["--amp", "bf16"],
-    ["--lr", 0.01], ["--momentum", 0.9], ["--weight-decay", 0.1], ["--schedule", "cosine"], ["--optimizer", "adam"],
-    ["--optimizer", "adamw"], ["--batch-size", 20], ["--train-fraction", 0.5], ["--workers", 0],
-], ids=lambda flags: " ".join(map(str, flags)))  # fmt: skip
-def test_every_flag_changes_what_it_says(flags, tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(auxilearn.__file__).parent)
-    last = []
-    for name, more in (("plain", flags[:2] if "--hidden" in flags else []), ("changed", flags)):
-        folder = Path(auxilearn.main([*GENERATE, *map(str, more), "--out-dir", str(tmp_path / name)])["folder"])
-        last.append(json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]))
-    assert math.isfinite(last[1]["loss"])
-    same = all(last[0].get(k) == last[1].get(k) for k in ("loss", "test_loss", "hypergradient_norm"))
-    assert same == (flags[0] == "--workers")
+@pytest.mark.parametrize("flags", FLAGS)
+def test_every_flag_changes_what_it_says(flags, run):
+    plain_flags = ["--upper-every", "2"]
+    if "--hidden" in flags:
+        plain_flags += ["--combiner", "nonlinear"]
+    if "--epochs" in flags:
+        plain_flags += ["--epochs", "2"]
+    _, (*_, plain) = run(auxilearn, *plain_flags, name="plain")
+    _, (*_, changed) = run(auxilearn, *plain_flags, *flags.split(), name="changed")
+    assert math.isfinite(changed["loss"])
+    names = ("loss", "test_loss", "hypergradient_norm")
+    same = all(plain.get(name) == changed.get(name) for name in names)
+    assert same == ("--workers" in flags)
 
 
-@pytest.mark.parametrize("flags", [["--levels", 4], ["--width", 3], ["--combiner", "nonlinear"]], ids=lambda flags: flags[0])
-def test_combine_s_flags_change_what_they_say(flags, tmp_path, few_scenes):
-    losses = [auxilearn.main([*few_scenes, "--max-steps", "2", *map(str, more), "--out-dir", str(tmp_path / name)])
-              for name, more in (("plain", []), ("changed", flags))]
-    lines = [json.loads((Path(run["folder"]) / "metrics.jsonl").read_text()) for run in losses]
-    assert lines[0]["loss"] != lines[1]["loss"]
+@pytest.mark.parametrize("flags", ["--levels 4", "--width 3", "--combiner nonlinear"])
+def test_the_flags_of_combine_change_what_they_say(flags, tmp_path, few_scenes):
+    (plain,) = metrics_of(run_with(f"{few_scenes} --max-steps 2", tmp_path / "plain"))
+    changed_flags = f"{few_scenes} --max-steps 2 {flags}"
+    (changed,) = metrics_of(run_with(changed_flags, tmp_path / "changed"))
+    assert plain["loss"] != changed["loss"]
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--mode", "combine", "--dataset", "cifar10"], "synthetic-scenes, nyuv2"),
-    (["--dataset", "nyuv2"], "cifar100-20"),
-    (["--mode", "combine", "--psi", "3"], "--psi is not for --mode combine"),
-    (["--width", "8"], "--width is not for --mode generate"),
-    (["--mode", "combine", "--method", "human"], "--method equal"),
-    (["--method", "equal"], "--method human"),
-    (["--method", "single", "--aux-set", "0.2"], "--aux-set is not for --method single"),
-    (["--method", "dwa", "--neumann-steps", "5"], "--neumann-steps is not for --method dwa"),
-    (["--dataset", "synthetic", "--combiner", "conv"], "linear"),
-    (["--neumann-steps", "-1"], "int from 0"),
-    (["--hidden", "4"], "--hidden is not for --combiner linear"),
-    (["--mode", "combine", "--momentum", "0.5"], "--optimizer sgd"),
-    (["--dataset", "cifar100-100", "--method", "human", "--data-root", "DATA"], "no human auxiliary labels"),
-    (["--mode", "combine", "--data-root", "DATA"], "nyuv2/{train,val}"),
-])  # fmt: skip
+@pytest.mark.parametrize("method", ["single", "human"])
+def test_the_scripts_with_one_recipe_give_the_same_numbers(method, run):
+    """wamal.py, maxl.py and auxilearn.py start from the same weights and batches."""
+    flags = ["--method", method, "--epochs", 2, "--lr", 0.01, "--momentum", 0, "--weight-decay", 0]
+    flags += ["--schedule", "step"]
+    found = []
+    for script in (wamal, maxl, auxilearn):
+        _, metrics = run(script, *flags, name=script.__name__)
+        found.append([(line["test_accuracy"], line["test_loss"]) for line in metrics])
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--mode combine --dataset cifar10", "synthetic-scenes, nyuv2"),
+        ("--dataset nyuv2", "cifar100-20"),
+        ("--mode combine --psi 3", "--psi is not for --mode combine"),
+        ("--mode combine --amp bf16", "--amp and --pretrained are for --mode generate"),
+        ("--width 8", "--width is not for --mode generate"),
+        ("--mode combine --method human", "--method equal"),
+        ("--method equal", "--method human"),
+        ("--method single --aux-set 0.2", "are for --method auxilearn, not for single"),
+        ("--method dwa --combiner nonlinear", "are for --method auxilearn, not for dwa"),
+        ("--dataset synthetic --combiner conv", "linear"),
+        ("--neumann-steps -1", "int from 0"),
+        ("--hidden 4", "--hidden is for --combiner nonlinear"),
+        ("--mode combine --momentum 0.5", "--optimizer sgd"),
+        ("--dataset cifar100-100 --method human --data-root DATA", "no human auxiliary labels"),
+        ("--mode combine --data-root DATA", "nyuv2/{train,val}"),
+    ],
+)
 def test_wrong_combinations_get_one_line(flags, said, tmp_path, capsys):
-    from test_common import write_cifar100
-
     write_cifar100(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        auxilearn.main([*(str(tmp_path) if f == "DATA" else f for f in flags), "--out-dir", str(tmp_path / "runs")])
+        run_with(flags.replace("DATA", str(tmp_path)), tmp_path / "runs")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and said in error, error
 
 
 def test_a_backbone_without_a_second_derivative_gets_one_line(tmp_path, capsys):
-    (tmp_path / "net.py").write_text("import torch.nn as nn\ndef hard():\n    return nn.Sequential("
-                                     "nn.Flatten(), nn.Linear(3072, 8), nn.Hardsigmoid(), nn.Linear(8, 10))\n")  # fmt: skip
-    flags = ["--dataset", "synthetic", "--backbone", f"{tmp_path}/net.py:hard", "--upper-every", "2", "--max-steps", "5"]
-    flags += ["--out-dir", str(tmp_path)]
+    layers = "nn.Flatten(), nn.Linear(3072, 8), nn.Hardsigmoid(), nn.Linear(8, 10)"
+    source = f"import torch.nn as nn\ndef hard():\n    return nn.Sequential({layers})\n"
+    (tmp_path / "net.py").write_text(source)
+    flags = f"--dataset synthetic --backbone {tmp_path}/net.py:hard --max-steps 3"
     with pytest.raises(SystemExit) as stop:
-        auxilearn.main(flags)
+        run_with(f"{flags} --upper-every 2", tmp_path)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "hardsigmoid" in error, error
-    auxilearn.main([*flags[:4], *flags[6:], "--method", "human"])
+    run_with(f"{flags} --method human", tmp_path)
 
 
 def test_the_data_set_decides_the_defaults():
-    pet, nyu, small = (auxilearn.parse_args(f.split()) for f in (
-        "--dataset oxford-pet", "--mode combine", "--mode combine --dataset synthetic-scenes --lr 0.5 --epochs 7"))
-    assert (pet.epochs, pet.batch_size, pet.lr, pet.momentum, pet.schedule, pet.aux_set) == (150, 16, 1e-3, 0.9, "cosine", 0.0084)
-    assert (nyu.dataset, nyu.optimizer, nyu.lr, nyu.levels) == ("nyuv2", "adam", 1e-4, 5)
-    assert (nyu.upper_every, nyu.upper_batch_size) == (50, 2)
-    assert (nyu.hidden, nyu.width, nyu.clip, nyu.epochs) == ([3], 64, 25.0, 200)
-    assert (small.lr, small.epochs, small.width, small.levels) == (0.5, 7, 8, 3)
+    def defaults(flags, *names):
+        args = auxilearn.parse_args(flags.split())
+        return [getattr(args, name) for name in names]
+
+    recipe = ("backbone", "epochs", "batch_size", "lr", "momentum", "schedule")
+    assert defaults("", *recipe) == ["vgg16-cifar", 200, 100, 0.01, 0, "step"]
+    pet = defaults("--dataset oxford-pet", *recipe)
+    assert pet == ["resnet18", 150, 16, 1e-3, 0.9, "cosine"]
+    assert defaults("--dataset oxford-pet", "train_fraction", "aux_set") == [0.3, 0.0084]
+    names = ("dataset", "optimizer", "lr", "levels", "width", "hidden", "clip", "epochs")
+    nyu = defaults("--mode combine", *names)
+    assert nyu == ["nyuv2", "adam", 1e-4, 5, 64, [3], 25.0, 200]
+    assert defaults("--mode combine", "upper_every", "upper_batch_size") == [50, 2]
+    small = defaults(f"{SCENES} --lr 0.5 --epochs 7", "lr", "epochs", "width", "levels")
+    assert small == [0.5, 7, 8, 3]
 
 
 def test_nyuv2_runs_on_made_files(tmp_path):
-    from test_common import write_nyuv2
-
     write_nyuv2(tmp_path, train=12, test=3, height=32, width=48)
-    flags = ["--mode", "combine", "--data-root", tmp_path, "--width", 2, "--max-steps", 2, "--batch-size", 2, "--upper-every", 1]
-    summary = auxilearn.main([str(f) for f in [*flags, "--aux-set", 0.2, "--out-dir", tmp_path / "runs"]])
+    flags = "--width 2 --max-steps 2 --batch-size 2 --upper-every 1 --aux-set 0.2"
+    summary = run_with(f"--mode combine --data-root {tmp_path} {flags}", tmp_path / "runs")
     assert 0 <= summary["test_miou"] <= 100
 
 
-def test_real_cifar100_and_pets_train_in_generate_mode(real_data, tmp_path):
-    flags = ["--backbone", "convnet4", "--max-steps", 4, "--upper-every", 2, "--data-root", real_data]
-    for dataset, more in (("cifar100-20", []), ("oxford-pet", ["--image-size", 64, "--aux-set", 0.02, "--workers", 0])):
-        summary = auxilearn.main([str(f) for f in ["--dataset", dataset, *flags, *more, "--out-dir", tmp_path]])
-        line = json.loads((Path(summary["folder"]) / "metrics.jsonl").read_text())
-        assert line["hypergradient_norm"] > 0 and line["primary_weight"] != 1
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dataset cifar100-20",
+        "--dataset oxford-pet --image-size 64 --aux-set 0.02 --workers 0",
+    ],
+)
+def test_real_images_train_in_generate_mode(flags, real_data, tmp_path):
+    flags += f" --backbone convnet4 --max-steps 4 --upper-every 2 --data-root {real_data}"
+    (line,) = metrics_of(run_with(flags, tmp_path))
+    assert line["hypergradient_norm"] > 0 and line["primary_weight"] != 2

@@ -351,8 +351,17 @@ def add_weighted(field: dict, gradients: dict, modules, weights) -> None:
 def lower_step(network, optimizer, field: dict) -> None:
     """(6): a step of theta's optimiser along the field, which is by name."""
     for name, p in network.named_parameters():
-        p.grad = field.get(name)
+        p.grad = None
+        if name in field:
+            set_gradient(p, field[name])
     optimizer.step()
+
+
+def set_gradient(p, gradient) -> None:
+    """p.grad, lying in memory as p does: fused optimisers walk through both without a look."""
+    if gradient.stride() != p.stride():
+        gradient = torch.empty_like(p).copy_(gradient)
+    p.grad = gradient
 
 
 def importance_step(
@@ -377,7 +386,8 @@ def importance_step(
     slopes = importance_gradient(
         network, batches, dev_batch, modules, a.detach(), lr=lr, look_back=look_back
     )
-    (importance.weight.grad,) = torch.autograd.grad(a[:, :-1], importance.weight, slopes)
+    (gradient,) = torch.autograd.grad(a[:, :-1], importance.weight, slopes)
+    set_gradient(importance.weight, gradient)
     norm = torch.nn.utils.clip_grad_norm_(importance.parameters(), clip)
     upper_optimizer.step()
     return norm
@@ -585,7 +595,7 @@ def combination_step(
         network, batches, dev_batch, modules, combination, lr=lr, look_back=look_back
     )
     for p, gradient in zip(combination.parameters(), gradients, strict=True):
-        p.grad = gradient
+        set_gradient(p, gradient)
     norm = torch.nn.utils.clip_grad_norm_(combination.parameters(), clip)
     upper_optimizer.step()
     combination.clamp()

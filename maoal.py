@@ -1,47 +1,54 @@
-"""MAOAL: Module-Aware Optimization for Auxiliary Learning (Chen, Wang, Liu, Zhou, Guan, Zhu, NeurIPS 2022).
+"""MAOAL: Module-Aware Optimization for Auxiliary Learning (Chen et al., NeurIPS 2022).
 
-A network theta learns a primary task beside K auxiliary ones, whose losses may help one part of it and harm another: theta is
-cut into m modules, and an importance alpha (K, m), all 1 at first, says how much of each auxiliary gradient each module takes.
-Every T steps on theta, alpha takes one on the primary loss of a small development set D_dev, through the implicit gradient.
+A network theta learns a primary task beside K auxiliary ones, whose losses may help one part of it
+and harm another. theta is cut into m modules, and an importance alpha (K, m), all 1 at first, says
+how much of each auxiliary gradient each module takes. Every T steps on theta, alpha takes one on
+the primary loss of a small development set D_dev, through the implicit gradient.
 
-    (4, 5)  G_j = grad_j L_0 + sum_i alpha_ij grad_j L_i             module j's update; not the gradient of any function
-    (6)     theta <- theta - eta_1 G                                 lower step, T of them in a loop
-    (9)     v_0 = grad L_0(dev), v_t+1 = v_t - eta_1 J^T v_t with J^T v = H_0 v + sum_i H_i A_i v;  p = v_0 + ... + v_M
-            d L_0(dev) / d alpha_ij = -eta_1 <p_j, grad_j L_i>       upper step: alpha <- alpha - eta_2 d L_0(dev) / d alpha
+    (4, 5)  G_j = grad_j L_0 + sum_i alpha_ij grad_j L_i, module j's update; no function's gradient
+    (6)     theta <- theta - eta_1 G, the lower step, T of them in a loop
+    (9)     v_0 = grad L_0(dev),  v_t+1 = v_t - eta_1 J^T v_t,  p = v_0 + ... + v_M,
+            with J = dG/dtheta:  J^T v = H_0 v + sum_i H_i A_i v,  A_i = diag of alpha_i
+            d L_0(dev) / d alpha_ij = -eta_1 <p_j, grad_j L_i>, for the upper step on alpha
 
-    python maoal.py --dataset synthetic                                 94.1 % (chance 25 %) in 40 s on one CPU core
-    python maoal.py --backbone convnet4 --epochs 5                      not yet run here
-    python maoal.py                                                     people, Table 3: 53.87 %, 200 epochs; not yet run here
+    python maoal.py --dataset synthetic              94.1 % (chance 25 %), 40 s on one CPU core
+    python maoal.py --backbone convnet4 --epochs 5   not yet run here
+    python maoal.py                                  paper: 53.87 %, 200 epochs; not yet run here
 
-Departures from the paper [P], whose settings are in a supplement not to be had, and its authors' code [C] (ratings; an older
-commit: people), whose settings are the defaults. Where the two part, --preset published-code is [C]:
-- [P]: raw alpha, eta_1 in (9), no clipping. [C]: ReLU(alpha) (--relu-importance), 1 for eta_1 (--hypergrad-lr 1), norm at
-  most 10 (--clip 10), auxiliary losses over K (--mean-auxiliary). [P]'s (9) sums M terms, Alg. 1 and [C] M + 1, as here.
-- Upper optimiser: [P] SGD of unknown rate; [C] Adam 0.01, decay 5e-4 (images), SGD 0.001, momentum 0.9 (ratings). Default:
-  Adam 0.01, for (9) scales with eta_1. Upper passes leave running statistics alone ([C]: not).
-- Image heads are outside alpha, as in [C], with L_0 + sum_i L_i ([C]: the mean over i). ConvNet4's blocks are its convolutions,
-  each with what follows it; [C] puts all norms and the Linear into the last. Images are rotated once at random.
-- D_dev: [P] from validation, [C] from training data (--dev-from, ratings). Image sets have no validation split: both are held
-  out of train; methods without D_dev train on it ([P]). [C] picks people's epoch on test: here best_test_accuracy.
+Departures from the paper [P], whose settings are in a supplement not to be had, and from its
+authors' code [C] (ratings; an older commit: people), whose settings are the defaults. Where the two
+part, --preset published-code is [C]:
+- [P]: raw alpha, eta_1 in (9), no clipping. [C]: ReLU(alpha), 1 for eta_1, norm at most 10, the
+  auxiliary losses over K. [P]'s (9) sums M terms, Alg. 1 and [C] M + 1, as here.
+- Upper optimiser: [P] SGD of unknown rate; [C] Adam 0.01, decay 5e-4 (images), SGD 0.001, momentum
+  0.9 (ratings). Default: Adam 0.01, for (9) scales with eta_1. Upper passes leave BatchNorm's
+  running statistics alone ([C]: not).
+- Image heads are outside alpha, as in [C], with L_0 + sum_i L_i ([C]: the mean over i). ConvNet4's
+  blocks are its convolutions with what follows each; [C] puts all norms into the last.
+- D_dev: [P] from validation, [C] from training data. Image sets have no validation split: both are
+  held out of train; methods without D_dev train on it ([P]). Images are rotated once, at random.
+- [C] picks people's epoch on test; here test_accuracy_of_best_validation ([P]).
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import platform
 import re
-import signal
 import statistics
 import sys
+import textwrap
 import time
 import warnings
 from contextlib import suppress
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import partial
-from itertools import chain, groupby, repeat
 from pathlib import Path
-import numpy as np
+from typing import NamedTuple
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,347 +57,41 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
+
 from common import (
     BACKBONES,
     IMAGE_SETS,
-    DeviceLoader,
     ImageSet,
     InputError,
+    RatingLoader,
+    Ratings,
     Split,
     build_backbone,
     check_trunk,
-    ensure_files,
-)
-from common import (
-    draws_random_numbers,
+    forever,
     hold_out,
-    load_cub200_attributes,
+    load_cifar100_people,
+    load_cub200_parts,
     load_image_set,
-    loader_generator,
+    load_movielens,
     make_loader,
+    reading,
+    rotate_randomly,
+    split_ratings,
+    stratified_subset,
+    strip_classifier,
 )
-from common import reading, strip_classifier, stratified_subset
 
-METHODS = {
-    "maoal": "the paper's",
-    "single": "the primary loss alone",
-    "equal": "all weights 1",
-    "uncertainty": "learned weights",
-    "gcs": "auxiliary gradients of positive cosine with the primary one",
-    "auxl": "AuxiLearn's combination of losses",
-}
-BILEVEL, RATINGS, PEOPLE = ("maoal", "auxl"), "movielens-1m", "cifar100-people"
-SETS, MODELS = (
-    (*IMAGE_SETS, PEOPLE, RATINGS),
-    f"{', '.join(BACKBONES)}, any classifier of torchvision.models, or FILE.py:FUNCTION",
-)
-ALPHA, UPPER = (
-    "preset partition relu_importance mean_auxiliary",
-    "look_back hypergrad_lr clip upper_optimizer upper_lr dev_size",
-)
-UNUSED = {"maoal": "", "auxl": ALPHA, "single": f"{ALPHA} {UPPER} upper_weight_decay l2_weight"}
-# The flags' own defaults are [C]'s for people; those of sets read from files are its authors' for CUB in an ICML 2022 paper
-FILES = (
-    "--backbone resnet18 --epochs 100 --batch-size 64 --optimizer adam --lr 1e-4 --lower-steps 20"
-)
-SETTINGS = {
-    "oxford-pet": FILES,
-    "food101": FILES,
-    "folder": FILES,
-    "cub200": FILES + " --pretrained",
-    PEOPLE: "--backbone resnet18-cifar",
-    "synthetic": "--epochs 4 --batch-size 50 --lower-steps 5",
-    RATINGS: FILES + " --epochs 15 --batch-size 256 --lr 1e-3 --weight-decay 0",
-}
-PRESETS = {
-    "images": "--relu-importance --mean-auxiliary --hypergrad-lr 1 --clip 10 --upper-weight-decay 5e-4",
-    "paper": "",
-    "ratings": "--relu-importance --hypergrad-lr 1 --clip 10 --upper-optimizer momentum --upper-lr 1e-3 --dev-from train",
-    "auxl": "--hypergrad-lr 1e-4 --clip 10 --upper-optimizer momentum --upper-lr 1e-3 --upper-weight-decay 5e-4",
-}
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    """The command line, checked, with the defaults that depend on data set, method and preset filled in."""
-    share, factor, rate, part = (
-        number(float, 0, 0.99),
-        number(float, 0),
-        number(float, 1e-12),
-        number(float, 1e-6, 1),
-    )
-    count, two, seed, yes_or_no = (
-        number(int, 1),
-        number(int, 2),
-        number(int, 0, 2**32),
-        argparse.BooleanOptionalAction,
-    )
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.error = fail  # one line, without the usage text
-    add = p.add_argument_group("data").add_argument
-    add("--dataset", default=PEOPLE, metavar="NAME", help="one of " + ", ".join(SETS))
-    add(
-        "--data-root",
-        default="data",
-        metavar="DIR",
-        help="where the data sets are, or are downloaded to",
-    )
-    add(
-        "--train-fraction",
-        type=part,
-        default=1.0,
-        metavar="F",
-        help="share of each class to train on",
-    )
-    add(
-        "--label-fraction",
-        type=part,
-        default=1.0,
-        metavar="F",
-        help="share of each class whose primary labels are used",
-    )
-    add(
-        "--dev-size",
-        type=two,
-        metavar="N",
-        help="samples in D_dev (default: 5 %% of the training images; 512 ratings)",
-    )
-    add(
-        "--dev-from",
-        choices=["validation", "train"],
-        default="validation",
-        help="movielens-1m: what D_dev is taken from",
-    )
-    add(
-        "--keep-threes",
-        action="store_true",
-        help="movielens-1m: keep the ratings of 3, which the published code drops",
-    )
-    add(
-        "--image-size",
-        type=number(int, 16),
-        metavar="PX",
-        help="side of images read from files (default: 224, or the weights')",
-    )
-    add(
-        "--workers",
-        type=number(int, 0),
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that read images",
-    )
-    add = p.add_argument_group("method").add_argument
-    add(
-        "--method",
-        choices=METHODS,
-        default="maoal",
-        help="; ".join(f"{name}: {what}" for name, what in METHODS.items()),
-    )
-    add(
-        "--preset",
-        choices=["paper", "published-code"],
-        default="paper",
-        help="published-code: the defaults in brackets",
-    )
-    add(
-        "--backbone",
-        default="convnet4",
-        metavar="NAME",
-        help=f"{MODELS} (files: resnet18; people: with -cifar)",
-    )
-    add(
-        "--pretrained",
-        action=yes_or_no,
-        default=False,
-        help="start from ImageNet weights (cub200: yes)",
-    )
-    add(
-        "--l2-weight",
-        type=factor,
-        default=1e-3,
-        metavar="F",
-        help="movielens-1m: factor of ||theta||^2, the auxiliary loss",
-    )
-    add(
-        "--partition",
-        choices=["block", "parameter", "model"],
-        default="block",
-        help="what a module is (Table 4)",
-    )
-    add(
-        "--lower-steps",
-        type=count,
-        default=10,
-        metavar="T",
-        help="steps on theta in a loop (files, ratings: 20; synthetic: 5)",
-    )
-    add(
-        "--look-back",
-        type=number(int, 0),
-        default=3,
-        metavar="M",
-        help="terms after the first in p, (9)",
-    )
-    add(
-        "--interval",
-        type=number(int, 0),
-        default=0,
-        metavar="N",
-        help="validate after every N loops, not only after each epoch",
-    )
-    add(
-        "--relu-importance",
-        action=yes_or_no,
-        default=False,
-        help="alpha's negative entries count as 0 (published code: yes)",
-    )
-    add(
-        "--mean-auxiliary",
-        action=yes_or_no,
-        default=False,
-        help="auxiliary losses over K, on heads too (published code: yes)",
-    )
-    add(
-        "--hypergrad-lr",
-        type=rate,
-        metavar="F",
-        help="eta_1 in (9) (default: the current --lr; published code: 1; auxl: 1e-4)",
-    )
-    add(
-        "--clip",
-        type=factor,
-        default=0.0,
-        metavar="F",
-        help="greatest norm of the upper gradient, 0: any (code, auxl: 10)",
-    )
-    add(
-        "--upper-optimizer",
-        choices=["sgd", "momentum", "adam"],
-        default="adam",
-        help="(code on ratings, auxl: momentum of 0.9)",
-    )
-    add(
-        "--upper-lr",
-        type=rate,
-        default=0.01,
-        metavar="F",
-        help="eta_2 (code on ratings, auxl: 0.001)",
-    )
-    add(
-        "--upper-weight-decay",
-        type=factor,
-        default=0.0,
-        metavar="F",
-        help="of the upper optimiser (code on images, auxl: 5e-4)",
-    )
-    add = p.add_argument_group("optimisation").add_argument
-    add(
-        "--epochs",
-        type=count,
-        default=200,
-        metavar="N",
-        help="(files: 100; ratings: 15; synthetic: 4)",
-    )
-    add(
-        "--max-steps",
-        type=count,
-        metavar="N",
-        help="at most N lower steps in an epoch; --epochs is then 1 by default",
-    )
-    add(
-        "--batch-size",
-        type=two,
-        default=32,
-        metavar="N",
-        help="samples a step and task (files: 64; ratings: 256; synthetic: 50)",
-    )
-    add(
-        "--optimizer",
-        choices=["sgd", "adam", "adamw"],
-        default="sgd",
-        help="of theta (files, ratings: adam)",
-    )
-    add(
-        "--lr",
-        type=rate,
-        default=0.1,
-        metavar="F",
-        help="eta_1 (files: 1e-4; ratings: 1e-3); with sgd on a cosine to 0",
-    )
-    add("--momentum", type=share, default=0.9, metavar="F", help="of theta's SGD")
-    add("--weight-decay", type=factor, default=5e-4, metavar="F", help="of theta (ratings: 0)")
-    add(
-        "--cuda-graph",
-        action="store_true",
-        help="CUDA: each training step is one graph; not yet run on a GPU",
-    )
-    add = p.add_argument_group("run").add_argument
-    add(
-        "--seed",
-        type=seed,
-        default=0,
-        metavar="N",
-        help="of the network, the subsets, the batches, crops and rotations",
-    )
-    add(
-        "--seeds",
-        type=seed,
-        nargs="+",
-        metavar="N",
-        help="run these one after another; print mean and 95 %% interval",
-    )
-    add(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="auto (CUDA if there is one), cpu, cuda or cuda:N",
-    )
-    add(
-        "--out-dir",
-        default="runs",
-        metavar="DIR",
-        help="the run goes to DIR/maoal-DATASET-METHOD-sSEED",
-    )
-    add(
-        "--resume",
-        action="store_true",
-        help="continue the run in that folder after its last finished epoch",
-    )
-    add(
-        "--plot",
-        action="store_true",
-        help="draw curves and heat maps of the importance as PNG; needs matplotlib",
-    )
-    given, argv = p.parse_args(argv), sys.argv[1:] if argv is None else argv
-    kind = given.dataset.split(":")[0]
-    if given.dataset not in SETS and kind != "folder":
-        p.error(f"unknown dataset {given.dataset!r}; the sets are {', '.join(SETS)}")
-    others = (
-        "train_fraction label_fraction image_size backbone pretrained"
-        if kind == RATINGS
-        else "keep_threes l2_weight dev_from"
-    )
-    unused = dict.fromkeys(others.split(), f"--dataset {given.dataset}")
-    unused |= {"momentum": f"--optimizer {given.optimizer}"} if given.optimizer != "sgd" else {}
-    unused |= dict.fromkeys(
-        UNUSED.get(given.method, f"{ALPHA} {UPPER} upper_weight_decay").split(),
-        f"--method {given.method}",
-    )
-    for name, what in unused.items():
-        if getattr(given, name) != p.get_default(name):
-            p.error(f"--{name.replace('_', '-')} is not for {what}")
-    preset = "ratings" if kind == RATINGS else "images"
-    preset = (
-        "auxl" if given.method == "auxl" else given.preset if given.preset == "paper" else preset
-    )
-    defaults = f"{SETTINGS.get(kind, '')} {PRESETS[preset]} {'--epochs=1' * bool(given.max_steps)}"
-    return p.parse_args([*defaults.split(), *argv])  # the last one counts
-
-
-# -------- Networks ------------------------------------------------------------------------------------------------------
+# -------- Networks --------------------------------------------------------------------------------
 
 
 class PrimaryNetwork(nn.Module):
-    """A copy of `backbone` without its last layer and a linear head per task: x (B, 3, H, W) to logits (B, num_classes[task])."""
+    """theta: a trunk that all tasks share, and a linear head for each.
+
+    backbone: an image classifier; the trunk is a copy of it without its last layer.
+    num_classes: of each task, the primary one first.
+    Called with x (B, 3, H, W) and the number of a task, returns its logits (B, num_classes[task]).
+    """
 
     def __init__(self, backbone: nn.Module, num_classes: list[int]):
         super().__init__()
@@ -401,1034 +102,1383 @@ class PrimaryNetwork(nn.Module):
         return self.heads[task](self.trunk(x))
 
 
+class InteractingLayer(nn.Module):
+    """AutoInt's self-attention over the fields of a rating: (B, F, width) to (B, F, width)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        bound = math.sqrt(3 / width)  # Xavier's
+        for name in ("query", "key", "value", "residual"):
+            projection = torch.empty(width, width).uniform_(-bound, bound)
+            self.register_parameter(name, nn.Parameter(projection))
+
+    def forward(self, x):
+        query = self.split(x @ self.query)
+        key = self.split(x @ self.key)
+        value = self.split(x @ self.value)
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])  # (B, heads, F, F)
+        attended = scores.softmax(dim=-1) @ value
+        return F.relu(attended.transpose(1, 2).flatten(2) + x @ self.residual)
+
+    def split(self, x):
+        """(B, F, width) to (B, heads, F, width / heads)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
 class AutoInt(nn.Module):
-    """AutoInt (Song et al., CIKM 2019) as a rating regressor: categories (B, F), each counted from 0 in its field, to ratings
-    (B,). One table embeds all fields, with one row too many, as published. `task` is there for the call's sake."""
+    """theta for ratings: AutoInt (Song et al., CIKM 2019) with a linear output.
+
+    field_sizes: how many categories each of the F fields has. One table embeds them all, with one
+        row too many, as published.
+    Called with x (B, F), categories counted from 0 in each field, returns ratings (B,). There is
+    one task: `task` is there for the call's sake.
+    """
 
     def __init__(self, field_sizes: list[int], width: int = 16, layers: int = 4, heads: int = 4):
         super().__init__()
-        self.heads, self.layers, xavier = heads, layers, math.sqrt(3 / width)
-        self.embedding = nn.Parameter(
-            nn.init.xavier_uniform_(torch.empty(sum(field_sizes) + 1, width))
-        )
-        for i in range(layers):  # query, key, value, residual
-            self.register_parameter(
-                f"attention{i + 1}",
-                nn.Parameter(torch.empty(4, width, width).uniform_(-xavier, xavier)),
-            )
+        self.layers = layers
+        table = torch.empty(sum(field_sizes) + 1, width)
+        self.embedding = nn.Parameter(nn.init.xavier_uniform_(table))
+        for i in range(layers):
+            self.add_module(f"attention{i + 1}", InteractingLayer(width, heads))
         self.head = nn.Linear(len(field_sizes) * width, 1)
-        self.register_buffer(
-            "offsets", torch.tensor([0, *field_sizes[:-1]]).cumsum(0), persistent=False
-        )
+        offsets = torch.tensor([0, *field_sizes[:-1]]).cumsum(0)  # (F,)
+        self.register_buffer("offsets", offsets, persistent=False)
 
     def forward(self, x, task: int = 0):
-        x = F.embedding(x.long() + self.offsets, self.embedding)  # (B, F, width)
+        x = F.embedding(x + self.offsets, self.embedding)  # (B, F, width)
         for i in range(self.layers):
-            *qkv, residual = (x @ getattr(self, f"attention{i + 1}")[:, None]).unbind()
-            q, k, v = (
-                t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in qkv
-            )  # (B, heads, F, width / heads)
-            attention = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(
-                dim=-1
-            )  # (B, heads, F, F)
-            x = F.relu((attention @ v).transpose(1, 2).flatten(2) + residual)
+            x = self.get_submodule(f"attention{i + 1}")(x)
         return self.head(x.flatten(1))[:, 0]
 
 
-def partition_modules(model: nn.Module, how: str = "block") -> dict[str, list[str]]:
-    """Each module's trainable parameters, heads.* left out, by its name, from the input on. how (Table 4): "parameter", each
-    tensor; "model", all; "block" (Fig. 3): ResNet's stem and four stages, ConvNet4's convolutions, AutoInt's embedding, attention
-    layers and head; else the outermost module's parts, where a norm, and a Linear beside convolutions, joins the part before."""
-    dims = {
-        name: p.dim()
-        for name, p in model.named_parameters()
-        if p.requires_grad and not name.startswith("heads.")
-    }
-    if how != "block":
-        return {name: [name] for name in dims} if how == "parameter" else {"model": list(dims)}
-    paths, blocks, block = {name: name.split(".") for name in dims}, {}, None
-    depth = len(os.path.commonprefix(list(paths.values())))  # noqa: RUF071 - of lists, so it compares whole parts
-    for part, names in groupby(dims, lambda name: ".".join(paths[name][: depth + 1])):
-        names = list(names)
-        joins = all(
-            len(paths[name]) <= depth + 2 and dims[name] <= 1 + (4 in dims.values())
-            for name in names
-        )
-        block = block if block and joins else part.split(".")[-1]
+class Importance(nn.Module):
+    """alpha (K, m), as `weight`, all 1 at first.
+
+    relu: negative entries count as 0, as in the published code; the paper has raw alpha.
+    mean: divide by K, so that the auxiliary losses are averaged, as in its code for images.
+    Called without arguments, returns a (K, m + 1): what (5) multiplies with, and a last column for
+    parameters that are in no module, where alpha is 1.
+    """
+
+    def __init__(
+        self, num_auxiliary: int, num_modules: int, relu: bool = False, mean: bool = False
+    ):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_auxiliary, num_modules))
+        self.relu = relu
+        self.mean = mean
+
+    def forward(self):
+        a = torch.cat([self.weight, self.weight.new_ones(len(self.weight), 1)], dim=1)
+        if self.relu:
+            a = a.relu()
+        if self.mean:
+            a = a / len(a)
+        return a
+
+
+def partition_modules(network: nn.Module, how: str = "block") -> dict[str, list[str]]:
+    """The names of each module's trainable parameters, by the module's name, from the input on.
+
+    how (Table 4): "parameter", each tensor is a module; "model", there is one module; "block"
+        (Fig. 3), ResNet's stem and four stages, ConvNet4's convolutions, AutoInt's embedding,
+        attention layers and head, and of other networks the parts of their outermost container.
+    What is called heads.* is in no module. Raises ValueError if `how` is none of these.
+    """
+    parameters = {}
+    for name, p in network.named_parameters():
+        if p.requires_grad and not name.startswith("heads."):
+            parameters[name] = p
+    if how == "block":
+        return group_blocks(parameters)
+    if how == "parameter":
+        return {name: [name] for name in parameters}
+    if how == "model":
+        return {"model": list(parameters)}
+    raise ValueError(f"how is 'block', 'parameter' or 'model', not {how!r}")
+
+
+def group_blocks(parameters: dict) -> dict[str, list[str]]:
+    """The parts of the outermost container that has several, each with small layers after it."""
+    depth = depth_of_parts(parameters)
+    parts = {}
+    for name in parameters:
+        part = name.split(".")[depth]
+        parts.setdefault(part, []).append(name)
+
+    largest = 1  # dimensions of the tensors of a layer that makes no block of its own: a norm
+    if any(p.dim() == 4 for p in parameters.values()):
+        largest = 2  # beside convolutions a Linear makes none either
+    blocks = {}
+    block = None
+    for part, names in parts.items():
+        is_layer = all(name.count(".") <= depth + 1 for name in names)
+        is_small = all(parameters[name].dim() <= largest for name in names)
+        if block is None or not (is_layer and is_small):
+            block = part
         blocks.setdefault(block, []).extend(names)
     return blocks
 
 
-# -------- Losses and the bi-level step ----------------------------------------------------------------------------------
-# A step's data are `batches`, K+1 of them, primary first: (x, y), or a number w for the loss w ||theta||^2 over all of theta.
+def depth_of_parts(names) -> int:
+    """How many of their leading parts the dotted names have in common, the last part aside."""
+    containers = [name.split(".")[:-1] for name in names]
+    depth = 0
+    for parts in zip(*containers, strict=False):
+        if len(set(parts)) > 1:
+            break
+        depth += 1
+    return depth
+
+
+# -------- Losses ----------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Samples of one task."""
+
+    x: torch.Tensor  # what the network takes, (B, ...)
+    y: torch.Tensor  # classes (B,), -1 where there is no label; ratings are floats
+
+
+class SquaredNorm(NamedTuple):
+    """In a batch's place: the auxiliary loss weight ||theta||^2, over all of theta."""
+
+    weight: float
 
 
 def prediction_loss(output, y):
-    """Mean cross-entropy of logits (B, C) over the labels y (B,) >= 0; for ratings y (B,), which are floats, the squared error."""
+    """The mean loss over the samples that have a label, a scalar; 0 if none has.
+
+    output: logits (B, C) for classes y (B,), cross-entropy; or ratings (B,) for ratings y (B,),
+        which are floats, the squared error.
+    """
     if y.is_floating_point():
-        return (output - y).square().mean()  # F.mse_loss has no forward-over-reverse derivative
-    return F.cross_entropy(output, y, ignore_index=-1, reduction="sum") / ((y >= 0).sum() + 1e-12)
+        return (output - y).square().mean()
+    labelled = (y >= 0).sum()
+    return F.cross_entropy(output, y, ignore_index=-1, reduction="sum") / (labelled + 1e-12)
 
 
-def task_loss(network, batch, task: int, theta=None):
-    """L_task, a scalar. theta: parameters by name to use instead; such a pass changes no statistics and no random state."""
-    if not isinstance(batch, tuple):
-        return batch * sum(
-            p.square().sum() for p in (theta or dict(network.named_parameters())).values()
-        )
-    x, y = batch
-    if theta is None:
-        return prediction_loss(network(x, task), y)
-    moved = theta | {name: b.clone() for name, b in network.named_buffers()}
-    captured = (
-        x.is_cuda and torch.cuda.is_current_stream_capturing()
-    )  # then nothing draws: see train
-    fork = torch.random.fork_rng([x.device] if x.is_cuda else [], enabled=not captured)
-    with sdpa_kernel(SDPBackend.MATH), fork:  # fused attention has no forward-mode rule
-        return prediction_loss(functional_call(network, moved, (x, task)), y)
+def squared_norm(theta: dict):
+    """||theta||^2, a scalar."""
+    return sum(p.square().sum() for p in theta.values())
 
 
-def task_gradient(network, batch, task: int, theta=None):
-    """L_task and its gradients by name, with respect to `theta` or to all that is trainable. No graph outlives the call."""
-    at = theta and {name: p.detach().requires_grad_() for name, p in theta.items()}
-    at = at or {name: p for name, p in network.named_parameters() if p.requires_grad}
-    if not isinstance(batch, tuple):
-        return task_loss(network, batch, task, at).detach(), {
-            name: 2 * batch * p.detach() for name, p in at.items()
-        }
-    loss = task_loss(network, batch, task, at if theta else None)
-    gradients = torch.autograd.grad(loss, list(at.values()), allow_unused=True)
-    return loss.detach(), {name: g for name, g in zip(at, gradients, strict=True) if g is not None}
+def task_loss(network, batch, task: int):
+    """L_task, a scalar, in an ordinary pass. batch: a Batch or a SquaredNorm."""
+    if isinstance(batch, SquaredNorm):
+        return batch.weight * squared_norm(dict(network.named_parameters()))
+    return prediction_loss(network(batch.x, task), batch.y)
 
 
-def inner_products(a: dict, b: dict, modules):
-    """<a_j, b_j> for every module j, (m,). A name that b lacks counts as 0."""
-    return torch.stack(
-        [
-            sum((a[n] * b[n]).sum() if n in b else a[n].new_zeros(()) for n in names)
-            for names in modules.values()
-        ]
-    )
+def task_loss_at(network, batch, task: int, theta: dict):
+    """L_task, a scalar, with the parameters `theta`, by name, in place of the network's own.
+
+    The pass leaves BatchNorm's running statistics and the random state as they were, so that
+    dropout draws the same masks in each.
+    """
+    if isinstance(batch, SquaredNorm):
+        return batch.weight * squared_norm(theta)
+    buffers = {name: b.clone() for name, b in network.named_buffers()}
+    device = [batch.x.device] if batch.x.is_cuda else []
+    # fused attention has no forward-mode rule
+    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(device):
+        output = functional_call(network, theta | buffers, (batch.x, task))
+        return prediction_loss(output, batch.y)
 
 
-def module_weighted_gradients(network, batches, modules, importance=None):
-    """The update field of (4, 5): G_j = grad_j L_0 + sum_i a_ij grad_j L_i, by name, after the losses (K+1,): K+1 passes with one
-    graph at a time. modules: as from partition_modules. importance: a (K, m), or (K, m + 1) with a last column, else 1, for what
-    is in no module; None for GCS: 1 where <grad L_0, grad L_i> over all modules is positive, else 0."""
-    column = {name: j for j, names in enumerate(modules.values()) for name in names}
-    loss, primary = task_gradient(network, batches[0], 0)
-    losses, total, one = [loss], dict(primary), torch.ones_like(loss)
-    for i, batch in enumerate(batches[1:]):
-        loss, gradients = task_gradient(network, batch, i + 1)
-        row = (
-            importance[i]
-            if importance is not None
-            else (inner_products(primary, gradients, modules).sum() > 0)
-            .to(loss.dtype)
-            .expand(len(modules))
-        )
-        row = [*row.unbind(), one]
-        for name, gradient in gradients.items():
-            weight = row[column.get(name, len(modules))]
-            total[name] = (
-                total[name].addcmul(gradient, weight) if name in total else gradient * weight
-            )
+# -------- The two steps ---------------------------------------------------------------------------
+#
+# A step's data are `batches`, one for each loss, L_0's first: Batch(x, y), or SquaredNorm(weight).
+# `modules` are those of partition_modules: their parameters' names, by the modules' names.
+#
+# To copy: the sections Networks (with common.strip_classifier), Losses and this one.
+
+
+def task_gradient(network, batch, task: int):
+    """L_task and its gradients by name, of the parameters that it reaches. No graph is left."""
+    theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    loss = task_loss(network, batch, task)
+    if isinstance(batch, SquaredNorm):
+        return loss.detach(), {name: 2 * batch.weight * p.detach() for name, p in theta.items()}
+    return loss.detach(), gradient_by_name(loss, theta)
+
+
+def gradient_by_name(loss, theta: dict) -> dict:
+    """The gradient of loss in theta, by name, without those parameters that it does not reach."""
+    gradients = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
+    return {n: g for n, g in zip(theta, gradients, strict=True) if g is not None}
+
+
+def module_weighted_gradients(network, batches, modules, importance):
+    """The update field (4, 5): G_j = grad_j L_0 + sum_i a_ij grad_j L_i.
+
+    importance: a (K, m), or (K, m + 1) with a last column for parameters that are in no module,
+        whose factor is else 1.
+    Returns the losses (K + 1,) and G by name, without gradient: K + 1 passes, one graph at a time.
+    BatchNorm's running statistics follow each pass.
+    """
+    loss, field = task_gradient(network, batches[0], 0)
+    losses = [loss]
+    for i, batch in enumerate(batches[1:], start=1):
+        loss, gradients = task_gradient(network, batch, i)
         losses.append(loss)
-    return torch.stack(losses), total
+        add_weighted(field, gradients, modules, importance[i - 1])
+    return torch.stack(losses), field
 
 
-def hessian_vector(loss_of, theta: dict, tangent: dict, phi: dict | None = None) -> dict:
-    """d/de of the gradient of loss_of(theta + e t) with respect to theta (H t) or to phi, other tensors in it; no second graph."""
-    leaves = phi or {name: p.detach().requires_grad_() for name, p in theta.items()}
-    with forward_ad.dual_level():
-        moving = {
-            name: forward_ad.make_dual(p, tangent[name])
-            for name, p in (theta if phi else leaves).items()
-        }
-        gradients = torch.autograd.grad(
-            loss_of(moving), list(leaves.values()), materialize_grads=True
-        )
-        products = [forward_ad.unpack_dual(g).tangent for g in gradients]
-    return {
-        name: torch.zeros_like(p) if t is None else t
-        for (name, p), t in zip(leaves.items(), products, strict=True)
-    }
+def add_weighted(field: dict, gradients: dict, modules, weights) -> None:
+    """Add weights_j gradients_j to field_j for each module j.
+
+    weights: (m,), or (m + 1,) with a last one for parameters in no module, whose factor is else 1.
+    """
+    weight_of = {}
+    for names, weight in zip(modules.values(), weights, strict=False):
+        weight_of.update(dict.fromkeys(names, weight))
+    outside = weights.new_ones(())
+    if len(weights) > len(modules):
+        outside = weights[-1]
+    for name, gradient in gradients.items():
+        weight = weight_of.get(name, outside)
+        if name in field:
+            field[name] = field[name].addcmul(gradient, weight)
+        else:
+            field[name] = gradient * weight
 
 
-def look_back_sum(network, dev_batch, modules, jacobian_vector, lr, look_back: int):
-    """Alg. 1, lines 16 to 21: theta and p by name, for the parameters in modules; jacobian_vector(theta, v) gives J^T v."""
-    parameters = dict(network.named_parameters())
-    theta = {name: parameters[name].detach() for names in modules.values() for name in names}
-    p = v = {name: torch.zeros_like(t) for name, t in theta.items()} | task_gradient(
-        network, dev_batch, 0, theta
-    )[1]
-    for _ in range(look_back):
-        product = jacobian_vector(theta, v)
-        v = {name: t - lr * product[name] for name, t in v.items()}
-        p = {name: t + v[name] for name, t in p.items()}
-    return theta, p
-
-
-def importance_gradient(
-    network, batches, dev_batch, modules, importance, *, lr, look_back: int = 3
-):
-    """d L_0(dev) / d a_ij = -lr <p_j, grad_j L_i>, (K, m): (9) and Alg. 1, lines 16 to 22, and no graph of a gradient. lr: eta_1.
-    look_back: M.  dev_batch: (x, y).  The rest: see module_weighted_gradients. Changes nothing in the network."""
-
-    def jacobian_vector(theta, v):  # J^T v = H_0 v + sum_i H_i (A_i v)
-        total = dict.fromkeys(theta, 0.0)
-        for i, batch in enumerate(batches):
-            row = zip(importance[i - 1].detach(), modules.values(), strict=True)
-            tangent = v if i == 0 else {name: a * v[name] for a, names in row for name in names}
-            if isinstance(batch, tuple):
-                product = hessian_vector(partial(task_loss, network, batch, i), theta, tangent)
-            else:  # the Hessian of w ||theta||^2 is 2 w
-                product = {name: 2 * batch * t for name, t in tangent.items()}
-            total = {name: t + product[name] for name, t in total.items()}
-        return total
-
-    theta, p = look_back_sum(network, dev_batch, modules, jacobian_vector, lr, look_back)
-    gradients = (
-        task_gradient(network, batch, i, theta)[1] for i, batch in enumerate(batches[1:], start=1)
-    )
-    return -lr * torch.stack([inner_products(p, g, modules) for g in gradients])
-
-
-def combined_loss(network, batches, combination, theta=None):
-    """AuxL's L_T = L_0 + g(losses), and the losses (K+1,). theta: see task_loss."""
-    losses = torch.stack([task_loss(network, batch, i, theta) for i, batch in enumerate(batches)])
-    return losses[0] + combination(losses)[0], losses
-
-
-def combination_gradient(
-    network, batches, dev_batch, modules, combination, *, lr, look_back: int = 3
-) -> list:
-    """AuxL's upper gradient -p^T d^2 L_T / dtheta dphi, a list; phi: combination's parameters. No last factor lr, as published."""
-    combined = lambda theta: combined_loss(network, batches, combination, theta)[0]  # noqa: E731
-    theta, p = look_back_sum(
-        network, dev_batch, modules, partial(hessian_vector, combined), lr, look_back
-    )
-    return [
-        -t
-        for t in hessian_vector(combined, theta, p, dict(combination.named_parameters())).values()
-    ]
-
-
-def effective_importance(args, alpha):
-    """a from alpha (K, any), as [P] or [C] has it."""
-    return (alpha.relu() if args.relu_importance else alpha) / (
-        len(alpha) if args.mean_auxiliary else 1
-    )
-
-
-def lower_gradients(args, network, batches, modules, learned):
-    """The method's losses (K+1,) and update field by name; the gradient of uncertainty's s goes into its .grad."""
-    a = next(network.parameters()).new_ones(
-        len(batches) - 1, len(modules) + 1
-    )  # last column: the heads
-    if args.method == "maoal":
-        a = effective_importance(args, torch.cat([learned["weight"].detach(), a[:, -1:]], dim=1))
-    elif args.method == "uncertainty":  # sum_i L_i / (2 exp s_i) + s_i / 2
-        weights = 0.5 * (-learned["weight"].detach()).exp()
-        losses, total = module_weighted_gradients(
-            network, batches, modules, a * (weights[1:] / weights[0])[:, None]
-        )
-        learned["weight"].grad = 0.5 - losses * weights
-        return losses, {name: weights[0] * gradient for name, gradient in total.items()}
-    elif args.method == "auxl":
-        loss, losses = combined_loss(network, batches, learned)
-        theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        return losses.detach(), dict(
-            zip(
-                theta,
-                torch.autograd.grad(loss, list(theta.values()), allow_unused=True),
-                strict=True,
-            )
-        )
-    return module_weighted_gradients(network, batches, modules, None if args.method == "gcs" else a)
-
-
-def lower_step(network, optimizer, batches, gradients):
-    """(6): an optimiser step on theta along gradients(network, batches). Returns L_0 and all losses (K+1,)."""
-    losses, field = gradients(network, batches)
+def lower_step(network, optimizer, field: dict) -> None:
+    """(6): a step of theta's optimiser along the field, which is by name."""
     for name, p in network.named_parameters():
-        p.grad = field.get(name)
+        p.grad = None
+        if name in field:
+            set_gradient(p, field[name])
     optimizer.step()
-    return losses[0], losses
 
 
-def upper_step(args, network, learned, optimizer, batches, dev_batch, modules, lr):
-    """Alg. 1, lines 16 to 23: an optimiser step on alpha (or AuxL's g); lr: theta's. Returns the gradient's norm unclipped."""
-    a = learned if args.method == "auxl" else effective_importance(args, learned["weight"])
-    upper = combination_gradient if args.method == "auxl" else importance_gradient
-    gradients = upper(
-        network,
-        batches,
-        dev_batch,
-        modules,
-        a,
-        lr=args.hypergrad_lr or lr,
-        look_back=args.look_back,
+def set_gradient(p, gradient) -> None:
+    """p.grad, lying in memory as p does: fused optimisers walk through both without a look."""
+    if gradient.stride() != p.stride():
+        gradient = torch.empty_like(p).copy_(gradient)
+    p.grad = gradient
+
+
+def importance_step(
+    network,
+    importance,
+    upper_optimizer,
+    batches,
+    dev_batch,
+    modules,
+    *,
+    lr: float,
+    look_back: int = 3,
+    clip: float = math.inf,
+):
+    """Alg. 1, lines 16 to 23: a step of alpha's optimiser along the gradient of L_0(dev).
+
+    importance: an Importance.  clip: the greatest norm of the gradient that is stepped along.
+    lr, look_back and the data: see importance_gradient.
+    Returns the gradient's norm before it is clipped, a scalar.
+    """
+    a = importance()
+    slopes = importance_gradient(
+        network, batches, dev_batch, modules, a.detach(), lr=lr, look_back=look_back
     )
-    gradients = (
-        gradients if args.method == "auxl" else torch.autograd.grad(a, learned["weight"], gradients)
-    )
-    for p, gradient in zip(learned.parameters(), gradients, strict=True):
-        p.grad = gradient
-    norm = torch.nn.utils.clip_grad_norm_(learned.parameters(), args.clip or math.inf)
-    optimizer.step()
-    for p in learned.parameters() if args.method == "auxl" else ():  # no loss is ever maximised
-        p.data.clamp_(min=0.0 if p.dim() == 2 else -math.inf)
+    (gradient,) = torch.autograd.grad(a[:, :-1], importance.weight, slopes)
+    set_gradient(importance.weight, gradient)
+    norm = torch.nn.utils.clip_grad_norm_(importance.parameters(), clip)
+    upper_optimizer.step()
     return norm
 
 
-# -------- Plumbing: the same text in all six scripts --------------------------------------------------------------------
+def importance_gradient(
+    network, batches, dev_batch, modules, importance, *, lr: float, look_back: int = 3
+):
+    """(9): d L_0(dev) / d a_ij = -lr <p_j, grad_j L_i>, (K, m).
+
+    importance: a, as in module_weighted_gradients; a last column for what is in no module has no
+        part in it.
+    dev_batch: the batch of L_0(dev).
+    lr: eta_1, theta's learning rate.  look_back: M, the terms of p after the first.
+    Changes nothing in the network.
+    """
+
+    def jacobian_vector(theta, v):
+        """J^T v = H_0 v + sum_i H_i (A_i v)."""
+        total = dict.fromkeys(theta, 0.0)
+        for i, batch in enumerate(batches):
+            tangent = v
+            if i > 0:
+                tangent = weigh_modules(v, modules, importance[i - 1])
+            if isinstance(batch, SquaredNorm):
+                product = {name: 2 * batch.weight * t for name, t in tangent.items()}
+            else:
+                loss_of = partial(task_loss_at, network, batch, i)
+                product = hessian_vector(loss_of, theta, tangent)
+            total = {name: t + product[name] for name, t in total.items()}
+        return total
+
+    theta = module_parameters(network, modules)
+    p = look_back_sum(network, dev_batch, theta, jacobian_vector, lr, look_back)
+    rows = []
+    for i, batch in enumerate(batches[1:], start=1):
+        gradients = gradient_at(network, batch, i, theta)
+        rows.append(inner_products(p, gradients, modules))
+    return -lr * torch.stack(rows)
+
+
+def module_parameters(network, modules) -> dict:
+    """The parameters that are in modules and trainable, by name, without gradient."""
+    parameters = dict(network.named_parameters())
+    theta = {}
+    for names in modules.values():
+        for name in names:
+            if parameters[name].requires_grad:
+                theta[name] = parameters[name].detach()
+    return theta
+
+
+def gradient_at(network, batch, task: int, theta: dict) -> dict:
+    """The gradient of L_task at theta, by name, without those parameters that it does not reach."""
+    if isinstance(batch, SquaredNorm):
+        return {name: 2 * batch.weight * p for name, p in theta.items()}
+    theta = {name: p.detach().requires_grad_() for name, p in theta.items()}
+    return gradient_by_name(task_loss_at(network, batch, task, theta), theta)
+
+
+def weigh_modules(v: dict, modules, weights) -> dict:
+    """A v: the entries of v times the weight (m,) of their module."""
+    weighted = {}
+    for names, weight in zip(modules.values(), weights, strict=False):
+        for name in names:
+            if name in v:
+                weighted[name] = weight * v[name]
+    return weighted
+
+
+def inner_products(a: dict, b: dict, modules):
+    """<a_j, b_j> for each module j, (m,). A parameter that one of them lacks counts as 0."""
+    products = []
+    for names in modules.values():
+        both = [name for name in names if name in a and name in b]
+        if both:
+            products.append(sum((a[name] * b[name]).sum() for name in both))
+        else:
+            products.append(next(iter(a.values())).new_zeros(()))
+    return torch.stack(products)
+
+
+def look_back_sum(network, dev_batch, theta: dict, jacobian_vector, lr: float, look_back: int):
+    """Alg. 1, lines 16 to 21: p = v_0 + ... + v_M, by name.
+
+    jacobian_vector(theta, v) gives J^T v.
+    """
+    v = {name: torch.zeros_like(p) for name, p in theta.items()}
+    v.update(gradient_at(network, dev_batch, 0, theta))
+    total = v
+    for _ in range(look_back):
+        product = jacobian_vector(theta, v)
+        v = {name: t - lr * product[name] for name, t in v.items()}
+        total = {name: t + v[name] for name, t in total.items()}
+    return total
+
+
+def hessian_vector(loss_of, theta: dict, tangent: dict, phi: dict | None = None) -> dict:
+    """d/de of the gradient of loss_of(theta + e t) at e = 0, in theta or in phi."""
+    if phi is None:
+        leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
+        base = leaves
+    else:
+        leaves = phi
+        base = theta
+    with forward_ad.dual_level():
+        moving = {name: forward_ad.make_dual(p, tangent[name]) for name, p in base.items()}
+        gradients = torch.autograd.grad(
+            loss_of(moving), list(leaves.values()), materialize_grads=True
+        )
+        products = {}
+        for (name, p), gradient in zip(leaves.items(), gradients, strict=True):
+            product = forward_ad.unpack_dual(gradient).tangent
+            products[name] = torch.zeros_like(p) if product is None else product
+    return products
+
+
+# -------- The methods it is compared with ---------------------------------------------------------
+
+
+def gcs_gradients(network, batches, modules):
+    """Gradient cosine similarity (Du et al., 2018): grad L_0 and those grad L_i that agree with it.
+
+    To agree is to have a positive inner product over all modules; what is in no module follows the
+    sum of all losses. Returns the losses (K + 1,) and the field by name.
+    """
+    loss, primary = task_gradient(network, batches[0], 0)
+    losses = [loss]
+    field = dict(primary)
+    for i, batch in enumerate(batches[1:], start=1):
+        loss, gradients = task_gradient(network, batch, i)
+        losses.append(loss)
+        agrees = inner_products(primary, gradients, modules).sum() > 0
+        add_weighted(field, gradients, modules, agrees.to(loss.dtype).expand(len(modules)))
+    return torch.stack(losses), field
+
+
+def uncertainty_gradients(network, batches, modules, s):
+    """Uncertainty weighting (Kendall et al., 2018): of sum_i L_i / (2 e^s_i) + s_i / 2.
+
+    s: (K + 1,), the logarithms of the variances.
+    Returns the losses (K + 1,), the field by name and the gradient in s, (K + 1,).
+    """
+    weights = 0.5 * (-s.detach()).exp()
+    ratios = (weights[1:] / weights[0])[:, None].expand(-1, len(modules) + 1)
+    losses, field = module_weighted_gradients(network, batches, modules, ratios)
+    field = {name: weights[0] * gradient for name, gradient in field.items()}
+    return losses, field, 0.5 - losses * weights
+
+
+class Combination(nn.Module):
+    """AuxiLearn's g (Navon et al., ICLR 2021): all losses (K + 1,) to a loss, a scalar.
+
+    As MAOAL's code has it, but for its weight norm, which AuxiLearn's own scripts have not.
+    """
+
+    def __init__(self, num_losses: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(num_losses, 5),
+            nn.Softplus(),
+            nn.Linear(5, 5),
+            nn.Softplus(),
+            nn.Linear(5, 1, bias=False),
+        )
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.uniform_(p, 0, 0.2)  # AuxiLearn's for Pet
+            else:
+                nn.init.zeros_(p)
+
+    def forward(self, losses):
+        return self.layers(losses)[0]
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Make the weights non-negative, so that no loss is ever maximised."""
+        for p in self.parameters():
+            if p.dim() == 2:
+                p.clamp_(min=0)
+
+
+def combined_gradients(network, batches, combination):
+    """The gradient of AuxL's L_0 + g(losses). Returns the losses (K + 1,) and it, by name."""
+    losses = torch.stack([task_loss(network, batch, i) for i, batch in enumerate(batches)])
+    theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    loss = losses[0] + combination(losses)
+    return losses.detach(), gradient_by_name(loss, theta)
+
+
+def combination_step(
+    network,
+    combination,
+    upper_optimizer,
+    batches,
+    dev_batch,
+    modules,
+    *,
+    lr: float,
+    look_back: int = 3,
+    clip: float = math.inf,
+):
+    """AuxL's upper step, on g. The other arguments and the result are those of importance_step."""
+    gradients = combination_gradient(
+        network, batches, dev_batch, modules, combination, lr=lr, look_back=look_back
+    )
+    for p, gradient in zip(combination.parameters(), gradients, strict=True):
+        set_gradient(p, gradient)
+    norm = torch.nn.utils.clip_grad_norm_(combination.parameters(), clip)
+    upper_optimizer.step()
+    combination.clamp()
+    return norm
+
+
+def combination_gradient(
+    network, batches, dev_batch, modules, combination, *, lr: float, look_back: int = 3
+) -> list:
+    """AuxL's -p^T d^2 L_T / dtheta dphi, L_T = L_0 + g(losses), phi the parameters of g: a list.
+
+    The factor lr is missing, as published. The arguments are those of importance_gradient.
+    """
+
+    def combined(theta):
+        losses = [task_loss_at(network, batch, i, theta) for i, batch in enumerate(batches)]
+        losses = torch.stack(losses)
+        return losses[0] + combination(losses)
+
+    theta = module_parameters(network, modules)
+    jacobian_vector = partial(hessian_vector, combined)
+    p = look_back_sum(network, dev_batch, theta, jacobian_vector, lr, look_back)
+    phi = dict(combination.named_parameters())
+    mixed = hessian_vector(combined, theta, p, phi)
+    return [-product for product in mixed.values()]
+
+
+# -------- Training --------------------------------------------------------------------------------
+
+
+def train(args) -> dict:
+    """One run, from its last checkpoint if there is one. Returns the summary."""
+    device = choose_device(args.device)
+    torch.manual_seed(args.seed)
+
+    data = load_data(args)
+    network = build_network(args, data).to(device)
+    modules = partition_modules(network, args.partition)
+    learned = build_learned(args, len(data.tasks), len(modules))
+    if learned is not None:
+        learned.to(device)
+
+    loaders = []
+    for i, split in enumerate(data.trains):
+        options = {"batch_size": args.batch_size, "train": True, "seed": args.seed + i}
+        loaders.append(build_loader(args, data, split, device, **options))
+    auxiliary = data.auxiliary
+    if auxiliary is not None:
+        auxiliary = auxiliary.to(device)
+    steps = min(len(loaders[0]), args.max_steps or len(loaders[0]))
+    evaluation = {"batch_size": args.batch_size, "train": False}
+    val_loader = build_loader(args, data, data.val, device, **evaluation)
+    test_loader = build_loader(args, data, data.test, device, **evaluation)
+
+    theta = list(network.parameters())
+    if args.method == "uncertainty":
+        theta += learned.parameters()
+    optimizer = build_optimizer(args.optimizer, theta, args.lr, args.weight_decay, args.momentum)
+    scheduler = build_scheduler(args, optimizer)
+    best = deepcopy(network)  # the one that validation chose
+    best.register_buffer("record", torch.tensor([-math.inf, 0.0], device=device))
+    state = {
+        "network": network,
+        "best": best,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+    }
+    for i, loader in enumerate(loaders):
+        state[f"loader{i}"] = loader
+    if learned is not None:
+        state["learned"] = learned
+    if args.method in BILEVEL:
+        dev_loader = build_dev_loader(args, data, device)
+        upper_optimizer = build_optimizer(
+            args.upper_optimizer, learned.parameters(), args.upper_lr, args.upper_weight_decay
+        )
+        state["dev_loader"] = dev_loader
+        state["upper_optimizer"] = upper_optimizer
+
+    metric = metric_of(args)
+    folder = open_run(args, device)
+    history = load_checkpoint(folder, state)
+    print(
+        f"{args.method} on {args.dataset}: {len(data.trains[0])} training samples, "
+        f"{len(data.val)} for validation, {steps} steps an epoch, {device}, seed {args.seed}; "
+        f"auxiliary: {', '.join(data.tasks)}; modules: {', '.join(modules)}"
+    )
+
+    for epoch in range(len(history), args.epochs):
+        began = time.perf_counter()
+        lr = optimizer.param_groups[0]["lr"]
+        progress = tqdm(total=steps, desc=f"epoch {epoch + 1}", leave=False, disable=None)
+        loss_sum = torch.zeros((), device=device)
+        auxiliary_sum = torch.zeros((), device=device)
+        norm_sum = torch.zeros((), device=device)
+        batches = endless_batches(args, loaders, auxiliary)
+        if args.method in BILEVEL:
+            dev_batches = forever(dev_loader)
+
+        for step in range(steps):
+            # A step on theta (Alg. 1, lines 4 to 10)
+            losses, field = update_field(args, network, next(batches), modules, learned)
+            lower_step(network, optimizer, field)
+            loss_sum += losses[0]
+            auxiliary_sum += losses[1:].sum()
+            progress.update()
+
+            # After every T of them, which are a loop
+            loop, rest = divmod(epoch * steps + step + 1, args.lower_steps)
+            if rest > 0:
+                continue
+            if args.interval and loop % args.interval == 0:
+                keep_best(best, evaluate(network, val_loader), network, epoch + 1, metric)
+            if args.method in BILEVEL:  # a step on what is learned (lines 16 to 23)
+                upper = (next(batches), next(dev_batches))
+                norm_sum += upper_step(args, network, learned, upper_optimizer, *upper, modules, lr)
+
+        # The epoch's figures: its only reads from the device
+        progress.close()
+        metrics = {
+            "epoch": epoch + 1,
+            "lr": lr,
+            "loss": float(loss_sum) / steps,
+            "auxiliary_loss": float(auxiliary_sum) / steps,
+            "weight_norm": float(torch.nn.utils.get_total_norm(theta)),
+        }
+        if args.method in BILEVEL:
+            metrics["upper_gradient_norm_sum"] = float(norm_sum)
+        metrics.update(speed(steps * args.batch_size, began, device))
+        performance = evaluate(network, val_loader)
+        keep_best(best, performance, network, epoch + 1, metric)
+        metrics[f"val_{metric}"] = float(performance)
+        metrics[f"test_{metric}"] = float(evaluate(network, test_loader))
+        if args.method == "maoal":
+            metrics["importance"] = importance_by_name(learned, data.tasks, modules)
+        check_finite(metrics, "loss", "auxiliary_loss", "weight_norm", "upper_gradient_norm_sum")
+
+        scheduler.step()
+        history.append(metrics)
+        finish_epoch(folder, state, history, began)
+        log_epoch(metrics, "loss", f"val_{metric}", f"test_{metric}")
+
+    if args.method == "maoal":
+        write_importance(folder, history)
+    summary = summarize(folder, history, f"test_{metric}", BEST[metric])
+    summary |= describe_best(best, test_loader, metric)
+    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def update_field(args, network, batches, modules, learned):
+    """What theta follows under the run's method: the losses (K + 1,) and the field by name."""
+    if args.method == "gcs":
+        return gcs_gradients(network, batches, modules)
+    if args.method == "auxl":
+        return combined_gradients(network, batches, learned)
+    if args.method == "uncertainty":
+        s = learned["weight"]
+        losses, field, slope = uncertainty_gradients(network, batches, modules, s)
+        s.grad = slope
+        return losses, field
+    if args.method == "maoal":
+        importance = learned().detach()
+    else:  # equal; or single, whose K is 0
+        importance = torch.ones(len(batches) - 1, len(modules), device=batches[0].x.device)
+    return module_weighted_gradients(network, batches, modules, importance)
+
+
+def upper_step(args, network, learned, upper_optimizer, batches, dev_batch, modules, lr: float):
+    """The upper step of the run's method; returns the norm of its gradient."""
+    x, y, _ = dev_batch
+    take_step = importance_step
+    if args.method == "auxl":
+        take_step = combination_step
+    return take_step(
+        network,
+        learned,
+        upper_optimizer,
+        batches,
+        Batch(x, y),
+        modules,
+        lr=args.hypergrad_lr or lr,
+        look_back=args.look_back,
+        clip=args.clip or math.inf,
+    )
+
+
+# -------- Data and networks of the run ------------------------------------------------------------
+
+
+@dataclass
+class RunData:
+    """What a run trains and is tested on."""
+
+    trains: list  # a Split for each task, or one that all tasks share; or Ratings
+    dev: Split | Ratings | None  # D_dev, for the methods that have an upper step
+    val: Split | Ratings
+    test: Split | Ratings
+    tasks: list[str]  # the auxiliary tasks' names
+    classes: list[int]  # of each task, the primary one first; of ratings, none
+    auxiliary: torch.Tensor | None = None  # int64 (N, K), labels of the shared images
+    image_set: ImageSet | None = None  # of which the images are
+
+
+def load_data(args) -> RunData:
+    """The run's data set, split from a generator with its seed."""
+    generator = torch.Generator().manual_seed(args.seed)
+    if args.dataset == RATINGS:
+        return load_ratings(args, generator)
+
+    image_set, trains, tasks, classes = load_images(args)
+    train, *others = [
+        split.take(stratified_subset(split.labels, args.train_fraction, generator))
+        for split in trains
+    ]
+    dev_size = args.dev_size or max(2, round(0.05 * len(train)))
+    train, val = hold_out(train, 0.1, generator)
+    dev = None
+    if args.method in BILEVEL:
+        if dev_size >= len(train):
+            said = f"a D_dev of {dev_size} leaves nothing of {len(train)} training images"
+            raise InputError(said)
+        train, dev = hold_out(train, dev_size / len(train), generator)
+    hide_labels(train, args.label_fraction, generator)
+    if args.method == "single":
+        others = []
+    return RunData(
+        trains=[train, *others],
+        dev=dev,
+        val=val,
+        test=image_set.test,
+        tasks=tasks,
+        classes=classes,
+        auxiliary=train.auxiliary,
+        image_set=image_set,
+    )
+
+
+def load_ratings(args, generator) -> RunData:
+    """MovieLens-1M: the auxiliary loss is the squared norm of theta."""
+    ratings = load_movielens(args.data_root, args.keep_threes)
+    train, dev, val, test = split_ratings(
+        ratings,
+        generator,
+        dev_size=args.dev_size or 512,
+        dev_from=args.dev_from,
+        with_dev=args.method in BILEVEL,
+    )
+    return RunData(trains=[train], dev=dev, val=val, test=test, tasks=["L2"], classes=[])
+
+
+def load_images(args) -> tuple[ImageSet, list[Split], list[str], list[int]]:
+    """The image set, its training splits, the auxiliary tasks' names, all tasks' classes.
+
+    There is a split for each task, or one for all; its `auxiliary` is then (N, K), or None where
+    the auxiliary task is to tell by how much an image is turned.
+    """
+    if args.dataset == PEOPLE:
+        image_set, trains = load_cifar100_people(args.data_root)
+        return image_set, trains, image_set.classes[:10], [5] * 11
+
+    weights_of = args.backbone if args.pretrained else None
+    image_set = load_image_set(
+        args.dataset, args.data_root, image_size=args.image_size, weights_of=weights_of
+    )
+    train = image_set.train
+    tasks = ["rotation"]
+    classes = [4]
+    if args.dataset == "synthetic":
+        tasks = ["fine classes"]
+        classes = [sum(image_set.hierarchy)]
+        auxiliary = train.auxiliary[:, None]
+    elif args.dataset == "cub200":
+        tasks = ["wing colour", "bill shape"]
+        classes = [15, 9]
+        auxiliary = load_cub200_parts(args.data_root)[: len(train)]
+    else:
+        auxiliary = None
+    train = Split(train.images, train.labels, auxiliary)
+    return image_set, [train], tasks, [image_set.num_classes, *classes]
+
+
+def hide_labels(split: Split, fraction: float, generator) -> None:
+    """Keep a random fraction of each class's primary labels; the others become -1."""
+    kept = stratified_subset(split.labels, fraction, generator)
+    hidden = torch.full_like(split.labels, -1)
+    split.labels = hidden.index_copy_(0, kept, split.labels[kept])
+
+
+def build_loader(args, data: RunData, split, device, *, batch_size, train, seed=0):
+    """The loader of some of the run's data."""
+    options = {"train": train, "seed": seed}
+    if data.image_set is None:
+        return RatingLoader(split, batch_size, device, **options)
+    return make_loader(split, data.image_set, batch_size, device, workers=args.workers, **options)
+
+
+def build_dev_loader(args, data: RunData, device):
+    """D_dev's loader: the batches of the published code's size, or all."""
+    largest = 100
+    if args.dataset == RATINGS:
+        largest = 256
+    batch_size = min(len(data.dev), largest)
+    seed = args.seed + len(data.trains)
+    return build_loader(args, data, data.dev, device, batch_size=batch_size, train=True, seed=seed)
+
+
+def endless_batches(args, loaders, auxiliary):
+    """The batches of all tasks for a step, the primary one's first; then the next, without end.
+
+    loaders: of each task's own samples, or one of what they share.
+    auxiliary: (N, K), the auxiliary labels of the one loader's images.
+    """
+    streams = [forever(loader) for loader in loaders]
+    while True:
+        parts = [next(stream) for stream in streams]
+        batches = [Batch(x, y) for x, y, _ in parts]
+        x, _, index = parts[0]
+        if args.method == "single" or args.dataset == PEOPLE:
+            pass
+        elif args.dataset == RATINGS:
+            batches.append(SquaredNorm(args.l2_weight))
+        elif auxiliary is not None:
+            batches += [Batch(x, labels) for labels in auxiliary[index].unbind(dim=1)]
+        else:
+            batches.append(Batch(*rotate_randomly(x)))
+        yield batches
+
+
+def build_network(args, data: RunData):
+    """theta, on the CPU."""
+    if args.dataset == RATINGS:
+        return AutoInt(data.trains[0].sizes)
+    network = PrimaryNetwork(build_backbone(args.backbone, args.pretrained), data.classes)
+    check_trunk(network.trunk, args.backbone, data.image_set.image_size)
+    return network
+
+
+def build_learned(args, num_auxiliary: int, num_modules: int):
+    """What the method learns beside theta, on the CPU, or None."""
+    if args.method == "maoal":
+        return Importance(
+            num_auxiliary, num_modules, relu=args.relu_importance, mean=args.mean_auxiliary
+        )
+    if args.method == "uncertainty":
+        return nn.ParameterDict({"weight": torch.full((num_auxiliary + 1,), -0.5)})
+    if args.method == "auxl":
+        return Combination(num_auxiliary + 1)
+    return None
+
+
+def build_optimizer(kind: str, parameters, lr: float, weight_decay: float, momentum: float = 0.0):
+    """An optimiser by its name on the command line."""
+    if kind == "adam":
+        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=True)
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
+    if kind == "momentum":
+        momentum = 0.9
+    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+
+
+def build_scheduler(args, optimizer):
+    """The schedule of theta's rate, which takes a step an epoch: of SGD, a cosine to 0."""
+    if args.optimizer != "sgd":
+        return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    angle = math.pi / args.epochs
+    factor = lambda epoch: 0.5 + 0.5 * math.cos(epoch * angle)  # noqa: E731
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+# -------- Evaluation, and what the paper shows ----------------------------------------------------
+
+
+def metric_of(args) -> str:
+    """What the run is measured by."""
+    if args.dataset == RATINGS:
+        return "rmse"
+    return "accuracy"
+
+
+@torch.no_grad()
+def evaluate(network, loader):
+    """Accuracy in percent, of ratings the root mean squared error, in eval mode: a scalar."""
+    network.eval()
+    total = 0
+    n = 0
+    for x, y, _ in loader:
+        output = network(x)
+        if y.is_floating_point():
+            total = total + (output - y).square().sum()
+        else:
+            total = total + 100 * (output.argmax(dim=1) == y).sum()
+        n += len(y)
+    network.train()
+    if y.is_floating_point():
+        return (total / n).sqrt()
+    return total / n
+
+
+def keep_best(best, performance, network, epoch: int, metric: str) -> None:
+    """Alg. 1, lines 11 to 14: copy the network into `best` if its performance, a scalar, is better.
+
+    best: a copy of the network with a buffer `record`: the performance, higher is better, and the
+    epoch.
+    """
+    if metric == "rmse":
+        performance = -performance
+    is_better = performance > best.record[0]
+    new = network.state_dict()
+    new["record"] = torch.stack([performance, torch.full_like(performance, epoch)])
+    for name, value in best.state_dict().items():
+        value.copy_(torch.where(is_better, new[name], value))
+
+
+def describe_best(best, test_loader, metric: str) -> dict:
+    """The figures of the network that validation chose, on the test set."""
+    record, epoch = best.record.tolist()
+    if metric == "rmse":
+        record = -record
+    figures = {
+        f"test_{metric}_of_best_validation": float(evaluate(best, test_loader)),
+        f"best_val_{metric}": record,
+        "best_validation_epoch": int(epoch),
+    }
+    print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    return figures
+
+
+def importance_by_name(importance, tasks, modules) -> dict:
+    """alpha as {task: {module: value}}."""
+    table = {}
+    for task, row in zip(tasks, importance.weight.tolist(), strict=True):
+        table[task] = dict(zip(modules, row, strict=True))
+    return table
+
+
+def write_importance(folder, history) -> None:
+    """Fig. 4: print alpha as it ended, a row a module, and write it of each epoch into `folder`."""
+    lines = []
+    for metrics in history:
+        table = metrics["importance"]
+        lines.append(f"epoch {metrics['epoch']:<18d}" + "  ".join(table))
+        for module in next(iter(table.values())):
+            values = [f"{row[module]:{len(task)}.3f}" for task, row in table.items()]
+            lines.append(f"{module:24s}" + "  ".join(values))
+    write_text(folder / "importance.txt", "\n".join(lines) + "\n")
+    rows = 1 + len(next(iter(history[-1]["importance"].values())))
+    print("\n".join(lines[-rows:]))
+
+
+# -------- Command line ----------------------------------------------------------------------------
+
+METHODS = ("maoal", "single", "equal", "uncertainty", "gcs", "auxl")
+BILEVEL = ("maoal", "auxl")  # the methods with an upper step
+RATINGS = "movielens-1m"
+PEOPLE = "cifar100-people"
+SETS = (*IMAGE_SETS, PEOPLE, RATINGS)
+BEST = {"accuracy": max, "rmse": min}
+
+SMALL_IMAGES = {  # of the published code for people
+    "backbone": "convnet4",
+    "pretrained": False,
+    "epochs": 200,
+    "batch_size": 32,
+    "optimizer": "sgd",
+    "lr": 0.1,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "lower_steps": 10,
+}
+FILES = {  # of its authors' code for CUB in a paper of ICML 2022
+    "backbone": "resnet18",
+    "pretrained": False,
+    "epochs": 100,
+    "batch_size": 64,
+    "optimizer": "adam",
+    "lr": 1e-4,
+    "momentum": 0.9,
+    "weight_decay": 5e-4,
+    "lower_steps": 20,
+}
+RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
+    PEOPLE: SMALL_IMAGES | {"backbone": "resnet18-cifar"},
+    "synthetic": SMALL_IMAGES | {"epochs": 4, "batch_size": 50, "lower_steps": 5},
+    "oxford-pet": FILES,
+    "food101": FILES,
+    "folder": FILES,
+    "cub200": FILES | {"pretrained": True},
+    RATINGS: FILES | {"epochs": 15, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0},
+}
+
+PAPER = {
+    "relu_importance": False,
+    "mean_auxiliary": False,
+    "hypergrad_lr": None,  # theta's current learning rate
+    "clip": 0.0,
+    "upper_optimizer": "adam",
+    "upper_lr": 0.01,
+    "upper_weight_decay": 0.0,
+    "dev_from": "validation",
+}
+PUBLISHED_CODE = PAPER | {
+    "relu_importance": True,
+    "mean_auxiliary": True,
+    "hypergrad_lr": 1.0,
+    "clip": 10.0,
+    "upper_weight_decay": 5e-4,
+}
+PUBLISHED_CODE_RATINGS = PAPER | {
+    "relu_importance": True,
+    "hypergrad_lr": 1.0,
+    "clip": 10.0,
+    "upper_optimizer": "momentum",
+    "upper_lr": 1e-3,
+    "dev_from": "train",
+}
+AUXL = PAPER | {
+    "hypergrad_lr": 1e-4,
+    "clip": 10.0,
+    "upper_optimizer": "momentum",
+    "upper_lr": 1e-3,
+    "upper_weight_decay": 5e-4,
+}
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    """The command line, checked, with the data set's recipe and the preset filled in."""
+    share = number(float, 0, 0.99)
+    part = number(float, 1e-6, 1)
+    factor = number(float, 0)
+    rate = number(float, 1e-12)
+    count = number(int, 1)
+    two = number(int, 2)
+    whole = number(int, 0, 2**32)
+    switch = argparse.BooleanOptionalAction
+
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    p.error = fail  # one line, without the usage text
+
+    add = p.add_argument_group("data").add_argument
+    add("--dataset", default=PEOPLE, help="one of " + ", ".join(SETS))
+    add("--data-root", default="data", help="folder of the data sets, and of their downloads")
+    add("--train-fraction", type=part, default=1.0, help="of each class")
+    add("--label-fraction", type=part, default=1.0, help="of each class that has primary labels")
+    add("--dev-size", type=two, help="of D_dev (default: 5 %% of the images; 512 ratings)")
+    add("--dev-from", choices=["validation", "train"], help="ratings: what D_dev is taken from")
+    add("--keep-threes", action="store_true", help="ratings: the published code drops those of 3")
+    add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
+    add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="that read files")
+
+    add = p.add_argument_group("method").add_argument
+    add("--method", choices=METHODS, default="maoal", help="single: the primary loss alone")
+    add("--preset", choices=["paper", "published-code"], default="paper", help="where they part")
+    add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
+    add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
+    add("--l2-weight", type=factor, default=1e-3, help="ratings: of ||theta||^2")
+    add(
+        "--partition",
+        choices=["block", "parameter", "model"],
+        default="block",
+        help="what a module is (Table 4)",
+    )
+    add("--lower-steps", type=count, help="T (default: 10; files and ratings 20, synthetic 5)")
+    add("--look-back", type=number(int, 0), default=3, help="M, terms of p after the first (9)")
+    add("--interval", type=whole, default=0, help="validate after every so many loops, too")
+    add("--relu-importance", action=switch, help="negative alpha counts as 0 (published code: yes)")
+    add("--mean-auxiliary", action=switch, help="auxiliary losses over K (published code: yes)")
+    add("--hypergrad-lr", type=rate, help="eta_1 in (9) (default: --lr; code: 1; auxl: 1e-4)")
+    add("--clip", type=factor, help="norm of the upper gradient; 0: any (code and auxl: 10)")
+
+    add = p.add_argument_group("optimisation").add_argument
+    add("--epochs", type=count, help="default: 200; files 100, ratings 15, synthetic 4")
+    add("--max-steps", type=count, help="lower steps an epoch, at most; --epochs is then 1")
+    add("--batch-size", type=two, help="a task (default: 32; files 64, ratings 256, synthetic 50)")
+    add("--optimizer", choices=["sgd", "adam", "adamw"], help="of theta (files, ratings: adam)")
+    add("--lr", type=rate, help="of theta, eta_1 (default: 0.1; files 1e-4, ratings 1e-3)")
+    add("--momentum", type=share, help="of theta's SGD (default: 0.9)")
+    add("--weight-decay", type=factor, help="of theta (default: 5e-4; ratings 0)")
+    add("--upper-optimizer", choices=["sgd", "momentum", "adam"], help="of alpha (default: adam)")
+    add("--upper-lr", type=rate, help="of alpha, eta_2 (default: 0.01; auxl: 0.001)")
+    add("--upper-weight-decay", type=factor, help="of alpha (code, auxl: 5e-4)")
+
+    add = p.add_argument_group("run").add_argument
+    add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")
+    add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
+    add("--out-dir", default="runs", help="the run goes to OUT_DIR/maoal-DATASET-METHOD-sSEED")
+    add("--resume", action="store_true", help="go on after the run's last finished epoch")
+    args = p.parse_args(argv)
+
+    kind = args.dataset.partition(":")[0]
+    if args.dataset not in SETS and kind != "folder":
+        p.error(f"unknown dataset {args.dataset!r}; the sets are {', '.join(SETS)}")
+    if kind == RATINGS and (args.backbone or args.pretrained or args.image_size):
+        p.error(f"--backbone, --pretrained and --image-size are not for --dataset {RATINGS}")
+    if kind == RATINGS and min(args.train_fraction, args.label_fraction) < 1:
+        p.error(f"--train-fraction and --label-fraction are not for --dataset {RATINGS}")
+    if kind != RATINGS and (args.keep_threes or args.dev_from):
+        p.error(f"--keep-threes and --dev-from are for --dataset {RATINGS}")
+    if args.preset != "paper" and args.method != "maoal":
+        p.error(f"--preset {args.preset} is for --method maoal")
+
+    recipe = RECIPES.get(kind, SMALL_IMAGES)
+    if args.momentum is not None and (args.optimizer or recipe["optimizer"]) != "sgd":
+        p.error("--momentum is for --optimizer sgd")
+    if args.max_steps is not None:
+        recipe = recipe | {"epochs": 1}
+    preset = PAPER
+    if args.method == "auxl":
+        preset = AUXL
+    elif args.preset == "published-code" and kind == RATINGS:
+        preset = PUBLISHED_CODE_RATINGS
+    elif args.preset == "published-code":
+        preset = PUBLISHED_CODE
+    for name, value in (recipe | preset).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def main(argv=None) -> dict:
+    """Run the command line; returns the summary."""
+    # torch's own use of it, in forward mode
+    warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
+    args = parse_args(argv)
+    metric = f"test_{metric_of(args)}"
+    summary = run_seeds(args, train, metric)
+    if "runs" in summary:
+        chosen = f"{metric}_of_best_validation"
+        values = [run[chosen] for run in summary["runs"]]
+        summary[chosen] = statistics.fmean(values)
+        summary[f"{chosen}_std"] = statistics.stdev(values)
+        print(f"{chosen} {summary[chosen]:.2f} +- {summary[f'{chosen}_std']:.2f}")
+    return summary
+
+
+# -------- Device and run folder: the same in every script -----------------------------------------
 
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    print(f"{Path(__file__).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
-
-
-def end_on_sigterm() -> None:
-    """On SIGTERM, end with one line and code 143. At once: an exception that is raised in a callback, a fork's say, is lost."""
-    run = os.getpid()
-
-    def end(*_):
-        if os.getpid() == run:  # not a loader's worker that was only just forked
-            os.write(
-                2,
-                f"{Path(__file__).name}: error: terminated; --resume continues after the last finished epoch\n".encode(),
-            )
-        os._exit(143)
-
-    signal.signal(signal.SIGTERM, end)
 
 
 def number(kind, low, high=10**9):
     """An argparse type: a finite int or float from low to high, both included."""
 
     def convert(text):
-        with suppress(ValueError, OverflowError):
-            if math.isfinite(value := kind(text)) and low <= value <= high:
-                return value
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a finite {kind.__name__} from {low} to {high}"
-        )
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if low <= value <= high:
+            return value
+        wanted = f"a finite {kind.__name__} from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {wanted}")
 
     return convert
 
 
-def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
-    """auto, cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search for the fastest kernels are switched on."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
-        raise InputError(f"unknown device {name!r}; known are auto, cpu, cuda and cuda:N")
-    if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"no device {name}: there are {torch.cuda.device_count()} CUDA devices; --device cpu runs without"
-        )
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    )
-    if cuda_graph and device.type != "cuda":
-        raise InputError("--cuda-graph needs a CUDA device")
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # whose streams and graphs are used
+def choose_device(name: str) -> torch.device:
+    """auto (CUDA if there is one), cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search are on."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if name == "auto":
+        name = "cuda" if found else "cpu"
+    known = ["cpu", "cuda", *found] if found else ["cpu"]
+    if name not in known:
+        raise InputError(f"no device {name!r} here; there are {', '.join(known)}")
+    if name != "cpu":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    return device
-
-
-def capture(step, optimizers, enabled: bool):
-    """`step`, or if enabled a function that replays it as one CUDA graph, so that a step is one launch and not thousands.
-
-    step: takes tensors, or tuples and lists of them, whose shapes stay the same; returns a tuple of tensors; reads nothing from
-    the device. Three calls run as they are: optimisers make their state, cuDNN chooses its kernels. A graph holds all numbers
-    as they were, so another one is captured when a learning rate of `optimizers` has changed.
-    """
-    if not enabled:
-        return step
-    warnings.filterwarnings(
-        "ignore", message=".*capturable=True"
-    )  # said of the first calls, which run as they are
-    stream, held = torch.cuda.Stream(), {"calls": 0}
-
-    def tensors(nested):
-        parts = nested if isinstance(nested, tuple | list) else ()
-        return (
-            [nested]
-            if isinstance(nested, torch.Tensor)
-            else [t for part in parts for t in tensors(part)]
-        )
-
-    def replay(*inputs):
-        rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-        held["calls"] += 1
-        if held["calls"] <= 3:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                outputs = step(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            return outputs
-        if held.get("rates") != rates:
-            held.update(rates=rates, graph=torch.cuda.CUDAGraph(), inputs=deepcopy(inputs))
-            with torch.cuda.graph(
-                held["graph"], stream=stream, capture_error_mode="thread_local"
-            ):  # a loader has threads too
-                held["outputs"] = step(*held["inputs"])
-        for place, new in zip(tensors(held["inputs"]), tensors(inputs), strict=True):
-            place.copy_(new)
-        held["graph"].replay()
-        return [t.clone() for t in held["outputs"]]  # the next call overwrites them
-
-    return replay
+        torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats(name)
+        print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
+    return torch.device(name)
 
 
 def run_folder(args) -> Path:
-    """out-dir/SCRIPT-DATASET-METHOD-sSEED; of folder:PATH, PATH's last part. A run that is there is only ever resumed."""
-    dataset = (
-        f"folder-{Path(args.dataset[7:]).resolve().name}"
-        if args.dataset.startswith("folder:")
-        else args.dataset
-    )
-    folder = Path(args.out_dir) / f"{Path(__file__).stem}-{dataset}-{args.method}-s{args.seed}"
-    if not args.resume and any(
-        (folder / name).exists() for name in ("config.json", "metrics.jsonl", "last.pt")
-    ):
-        raise InputError(
-            f"{folder} already holds a run; --resume continues it, another --out-dir starts a new one"
-        )
-    return folder
+    """OUT_DIR/SCRIPT-DATASET-METHOD-sSEED; of folder:PATH, PATH's last part."""
+    dataset = args.dataset
+    if dataset.startswith("folder:"):
+        dataset = f"folder-{Path(dataset[7:]).expanduser().resolve().name}"
+    name = f"{Path(__file__).stem}-{dataset}-{args.method}-s{args.seed}"
+    return Path(args.out_dir).expanduser() / name
+
+
+def holds_run(folder: Path, resume: bool) -> bool:
+    """Whether there is a run to go on with: one that has finished an epoch.
+
+    Raises InputError if there is one that is not to be resumed, or cannot be.
+    """
+    if not (folder / "last.pt").exists() and not (folder / "metrics.jsonl").exists():
+        return False
+    elsewhere = "another --out-dir starts a new one"
+    if not resume:
+        raise InputError(f"{folder} already holds a run; --resume continues it, {elsewhere}")
+    for name in ("last.pt", "config.json"):
+        if not (folder / name).exists():
+            raise InputError(f"{folder} holds a run that has lost its {name}; {elsewhere}")
+    return True
+
+
+def lock_folder(folder: Path):
+    """Keep other processes out until this one ends, or the file that is returned is closed."""
+    try:
+        import fcntl  # not on Windows, where nothing is locked
+    except ImportError:
+        return None
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(f"another process is training the run in {folder}") from None
+    return file
 
 
 def open_run(args, device) -> Path:
-    """Make the run's folder and its config.json, or check that the run there had the same arguments."""
-    folder = run_folder(args)
-    path, arguments = (
-        folder / "config.json",
-        json.loads(json.dumps(vars(args) | {"device": device.type})),
-    )
-    machine = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+    """Lock the run's folder and write its config.json, or see that its run had these arguments."""
+    config = {
+        "arguments": vars(args) | {"device": device.type},
+        "machine": {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+        },
+        "command": " ".join(sys.argv),
     }
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(
-            path,
-            json.dumps(
-                {"arguments": arguments, "machine": machine, "command": " ".join(sys.argv)},
-                indent=2,
-            )
-            + "\n",
-        )
+    folder = run_folder(args)
+    folder.mkdir(parents=True, exist_ok=True)
+    args.lock = lock_folder(folder)
+    path = folder / "config.json"
+    if not holds_run(folder, args.resume):
+        write_text(path, json.dumps(config, indent=2) + "\n")
         return folder
+
     with reading(path):
-        before = json.loads(path.read_text())
-        known = arguments.keys() & before["arguments"].keys()  # an older run lacks newer flags
-        for name in sorted(known - {"resume", "seeds", "plot", "data_root", "out_dir", "workers"}):
-            if arguments[name] != (old := before["arguments"][name]):
-                raise InputError(
-                    f"{folder} was run with --{name.replace('_', '-')} {old}, not {arguments[name]}"
-                )
-        for name, value in machine.items():
-            if value != (old := before["machine"].get(name)):
-                print(
-                    f"note: {name} was {old} and is now {value}; numbers may differ in the last bits"
-                )
+        before = json.loads(path.read_text())["arguments"]
+        for name, value in config["arguments"].items():
+            may_differ = name in ("resume", "seeds", "data_root", "out_dir", "workers")
+            if before[name] != value and not may_differ:
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{folder} was run with {flag} {before[name]}, not {value}")
     return folder
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_bytes(path: Path, contents: bytes) -> None:
+    """Write a file whole or not at all: beside its place first, then renamed."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(contents)
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 
-def save_checkpoint(folder: Path, state: dict, history: list[dict]) -> None:
-    """last.pt, then metrics.jsonl. state: by name, torch.Generators and whatever has a state_dict."""
-    checkpoint = {
-        k: v.get_state() if isinstance(v, torch.Generator) else v.state_dict()
-        for k, v in state.items()
-    }
-    checkpoint |= {
-        "history": history,
-        "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all(),
-    }
-    torch.save(checkpoint, folder / "last.pt.tmp")
-    os.replace(folder / "last.pt.tmp", folder / "last.pt")
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def write_metrics(folder: Path, history: list[dict]) -> None:
+    """metrics.jsonl, a line an epoch."""
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
+def finish_epoch(folder: Path, state: dict, history: list[dict], began: float) -> None:
+    """Note the seconds since the last epoch `began`, then write last.pt and metrics.jsonl.
+
+    state: by name, whatever has a state_dict.
+    """
+    before = history[-2]["seconds"] if len(history) > 1 else 0.0
+    history[-1]["seconds"] = before + time.perf_counter() - began
+    checkpoint = {name: item.state_dict() for name, item in state.items()}
+    checkpoint["history"] = history
+    checkpoint["rng"] = torch.get_rng_state()
+    checkpoint["cuda_rng"] = torch.cuda.get_rng_state_all()
+    buffer = io.BytesIO()  # on a full disk, torch.save does not say what is wrong
+    torch.save(checkpoint, buffer)
+    write_bytes(folder / "last.pt", buffer.getbuffer())
+    write_metrics(folder, history)
+
+
 def load_checkpoint(folder: Path, state: dict) -> list[dict]:
-    """Bring `state` to the last finished epoch, cut metrics.jsonl back to it, return the metrics of its epochs."""
+    """Bring `state` to the last finished epoch and cut metrics.jsonl back to it.
+
+    Returns the metrics of the epochs so far.
+    """
     path = folder / "last.pt"
     if not path.exists():
         return []
     with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         for name, item in state.items():
-            (item.set_state if isinstance(item, torch.Generator) else item.load_state_dict)(
-                checkpoint[name]
-            )
+            item.load_state_dict(checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
         if len(checkpoint["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(checkpoint["cuda_rng"])
-    write_text(
-        folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in checkpoint["history"])
-    )
+    write_metrics(folder, checkpoint["history"])
     return checkpoint["history"]
 
 
-def log_epoch(metrics: dict, epochs: int, names: tuple[str, ...]) -> None:
-    """Print an epoch's line, above the progress bar."""
-    values = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
-    tqdm.write(
-        f"epoch {metrics['epoch']}/{epochs}  {values}  {metrics['images_per_second']:.0f} images/s  "
-        f"{metrics['milliseconds_per_step']:.1f} ms/step  {metrics['peak_memory_mib']:.0f} MiB"
-    )
-    sys.stdout.flush()  # for who follows a log file
-
-
-def peak_memory_mib(device) -> float:
-    """The most memory so far: what torch allocated on CUDA, the whole process's on the CPU (0 on Windows)."""
+def speed(images: int, began: float, device) -> dict:
+    """Images a second since `began`, and on CUDA the most memory so far, in MiB."""
+    figures = {"images_per_second": images / (time.perf_counter() - began)}
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    with suppress(ImportError):
-        import resource
+        figures["peak_memory_mib"] = torch.cuda.max_memory_allocated(device) / 2**20
+    return figures
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            2**20 if sys.platform == "darwin" else 2**10
-        )
-    return 0.0
+
+def check_finite(metrics: dict, *names: str) -> None:
+    """End with code 3 if one of these figures of the epoch is not finite; last.pt stays."""
+    for name in names:
+        value = metrics.get(name, 0.0)
+        if not math.isfinite(value):
+            kept = "the checkpoint of the epoch before, if any, is kept"
+            fail(f"epoch {metrics['epoch']}: {name} is {value}; {kept}", code=3)
+
+
+def log_epoch(metrics: dict, *names: str) -> None:
+    """Print an epoch's line."""
+    names = ("epoch", *names, "images_per_second", "peak_memory_mib")
+    line = "  ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)
+    print(line, flush=True)
 
 
 def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
-    """Write, print and return the summary: the metric at the end, over the last 15 epochs, and its best, chosen on test."""
+    """Write, print and return the summary of a run.
+
+    The metric and all other figures of the test, at the end and as the mean over the last 15
+    epochs; the metric's best, chosen on test.
+    """
     values = [line[metric] for line in history]
     summary = {
-        metric: values[-1],
-        f"{metric}_last15": statistics.fmean(values[-15:]),
         f"best_{metric}": best(values),
         "best_epoch": values.index(best(values)) + 1,
         "epochs": len(values),
         "seconds": history[-1]["seconds"],
         "images_per_second": statistics.median(line["images_per_second"] for line in history),
-        "peak_memory_mib": max(line["peak_memory_mib"] for line in history),
         "folder": str(folder),
     }
+    for name, value in history[-1].items():
+        if name == metric or (name.startswith("test_") and isinstance(value, float)):
+            summary[name] = value
+            summary[f"{name}_last15"] = statistics.fmean(line[name] for line in history[-15:])
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(
-        f"{metric} {values[-1]:.2f} after {len(values)} epochs in {summary['seconds']:.0f} s: {folder}"
-    )
+    print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
     return summary
 
 
 def run_seeds(args, train, metric: str) -> dict:
-    """Train once, or once for each of --seeds: mean, sample standard deviation and half the 95 % t interval."""
-    if args.seeds is None:
-        return train(args)
-    runs = [argparse.Namespace(**vars(args) | {"seed": seed}) for seed in dict.fromkeys(args.seeds)]
-    for run in runs:
-        run_folder(run)  # an error for the last one must not wait for the others to train
-    summaries = [train(run) for run in runs]
-    values = [summary[metric] for summary in summaries]
-    mean, std, half = statistics.fmean(values), math.nan, math.nan
-    if (df := len(values) - 1) > 0:
-        t = (
-            12.706,
-            4.303,
-            3.182,
-            2.776,
-            2.571,
-            2.447,
-            2.365,
-            2.306,
-            2.262,
-            2.228,
-        )  # Student's 97.5 % quantiles
-        std = statistics.stdev(values)
-        half = (
-            (t[df - 1] if df <= len(t) else 1.96 + 2.4 / df + 2.9 / df**2) * std / math.sqrt(df + 1)
-        )
-    print(
-        f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds, 95 % interval +- {half:.2f}: {args.out_dir}"
-    )
-    return {metric: mean, f"{metric}_std": std, f"{metric}_interval95": half, "runs": summaries}
-
-
-def plot(path: Path, x: list, curves: dict[str, list], xlabel: str) -> None:
-    """Draw the curves over x into a PNG."""
-    from matplotlib.figure import Figure  # optional package
-
-    axes = (figure := Figure()).subplots()
-    for name, values in curves.items():
-        axes.plot(x, values, label=name)
-    axes.set_xlabel(xlabel)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
-# -------- Training ------------------------------------------------------------------------------------------------------
-
-
-def load_movielens(root: Path, keep_threes: bool) -> tuple[Split, list[int]]:
-    """Categories (N, 6) of movie, first genre, user, gender, age, occupation; ratings (N,); fields' sizes. No time stamps."""
-    files, tables = [root / "ml-1m" / f"{name}.dat" for name in ("ratings", "users", "movies")], []
-    url, md5 = (
-        "https://files.grouplens.org/datasets/movielens/ml-1m.zip",
-        "c4d9eecfca2ab87c1945afe126590906",
-    )
-    download = partial(
-        torchvision.datasets.utils.download_and_extract_archive, url, str(root), md5=md5
-    )
-    ensure_files(
-        RATINGS,
-        files,
-        download,
-        f"put ratings.dat, users.dat and movies.dat of ml-1m.zip into {root / 'ml-1m'}",
-    )
-    for path, columns in zip(files, (3, 4, 3), strict=True):
-        with reading(path):
-            rows = [
-                line.split("::")[:columns]
-                for line in path.read_text(encoding="latin-1").splitlines()
-                if line
-            ]
-            tables.append(np.array(rows).reshape(len(rows), columns))
-    with reading(files[0]):
-        *ids, y = tables[0].astype(int).T  # users, movies, ratings
-        row_of = [
-            {key: row for row, key in enumerate(table[:, 0].astype(int))} for table in tables[1:]
-        ]
-        user, movie = ([rows[i] for i in column] for rows, column in zip(row_of, ids, strict=True))
-    genres = [genres.split("|")[0] for genres in tables[2][:, 2]]
-    columns = [
-        (tables[2][:, 0], movie),
-        (genres, movie),
-        *((tables[1][:, c], user) for c in range(4)),
-    ]
-    fields, keep = (
-        [(np.unique(values, return_inverse=True)[1], rows) for values, rows in columns],
-        (y != 3) | keep_threes,
-    )
-    x = torch.from_numpy(np.stack([codes[rows] for codes, rows in fields], axis=1)[keep])
-    return Split(x, torch.from_numpy(y[keep]).float()), [
-        int(codes.max()) + 1 for codes, _ in fields
-    ]
-
-
-def split_ratings(args, ratings: Split, generator) -> list:
-    """Training, development (None for the methods without one, which train on it), validation and test ratings."""
-    order, n, size = (
-        torch.randperm(len(ratings), generator=generator),
-        len(ratings),
-        args.dev_size or 512,
-    )
-    test, val, train = order.tensor_split([n // 10, n // 5])
-    if args.dev_from == "train":  # one rating of each user, until there are enough
-        first = torch.from_numpy(np.unique(ratings.images[train, 2], return_index=True)[1])
-        train = train[torch.ones(len(train)).index_fill_(0, first, 0).argsort(stable=True)]
-    dev, val, train = (
-        (val[:size], val[size:], train)
-        if args.dev_from == "validation"
-        else (train[:size], val, train[size:])
-    )
-    if not len(val) or len(train) < args.batch_size:
-        raise InputError(
-            f"{n} ratings are too few for a D_dev of {size} and a batch of {args.batch_size}"
-        )
-    train, dev = (train, dev) if args.method in BILEVEL else (torch.cat([train, dev]), None)
-    return [part if part is None else ratings.take(part) for part in (train, dev, val, test)]
-
-
-def rating_loader(*args, **options) -> DeviceLoader:
-    """Batches of ratings that live on the device: (x (B, F), y (B,), index (B,)). Arguments as DeviceLoader's."""
-    loader = DeviceLoader(*args, **options)
-    loader.mean, loader.std, loader.crop = 0, 1, lambda x, *_: x
-    return loader
-
-
-def load_images(args):
-    """The image set, each task's training images or those that all tasks share, all heads' classes, the auxiliary tasks."""
-    options = {
-        "image_size": args.image_size,
-        "weights_of": args.backbone if args.pretrained else None,
-    }
-    image_set = load_image_set(
-        "cifar100-20" if args.dataset == PEOPLE else args.dataset, args.data_root, **options
-    )
-    train, tasks, classes = image_set.train, ["rotation"], [4]
-    if (
-        args.dataset == PEOPLE
-    ):  # of each coarse class the images, their five fine classes counted from 0
-        wanted = [(train, 14), *((train, c) for c in range(10)), (image_set.test, 14)]
-        parts = [split.take((split.labels == c).nonzero()[:, 0]) for split, c in wanted]
-        *trains, image_set.test = (
-            Split(part.images, part.auxiliary.unique(return_inverse=True)[1]) for part in parts
-        )
-        image_set.mean, image_set.std = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)  # [C]'s
-        return image_set, trains, [5] * 11, image_set.classes[:10]
-    train.auxiliary = train.auxiliary[:, None] if args.dataset == "synthetic" else None
-    if args.dataset == "synthetic":
-        tasks, classes = ["fine classes"], [sum(image_set.hierarchy)]
-    elif args.dataset == "cub200":  # each image's surest annotation, 0: none
-        present, certainty = (
-            table[: len(train)] for table in load_cub200_attributes(args.data_root)
-        )
-        surest, tasks, classes = (
-            present * (certainty.long() + 1),
-            ["wing colour", "bill shape"],
-            [15, 9],
-        )  # (N, 312)
-        labels = [
-            torch.where(g.amax(1) > 0, g.argmax(1), -1) for g in (surest[:, 9:24], surest[:, :9])
-        ]
-        train.auxiliary = torch.stack(labels, dim=1)
-    return image_set, [train], [image_set.num_classes, *classes], tasks
-
-
-def load_data(args):
-    """Image set (ratings: a shell), training splits, D_dev or None, validation, heads' classes (ratings: field sizes), tasks."""
-    generator, dev = torch.Generator().manual_seed(args.seed), None
-    if args.dataset == RATINGS:
-        ratings, sizes = load_movielens(Path(args.data_root), args.keep_threes)
-        train, dev, val, test = split_ratings(args, ratings, generator)
-        return ImageSet(RATINGS, [], train, test), [train], dev, val, sizes, ["L2"]
-    image_set, trains, classes, tasks = load_images(args)
-    train, *others = (
-        split.take(stratified_subset(split.labels, args.train_fraction, generator))
-        for split in trains
-    )
-    size = args.dev_size or max(2, round(0.05 * len(train)))
-    train, val = hold_out(train, 0.1, generator)
-    if args.method in BILEVEL:
-        if size >= len(train):
-            raise InputError(f"a D_dev of {size} leaves nothing of {len(train)} training images")
-        train, dev = hold_out(train, size / len(train), generator)
-    labelled = stratified_subset(train.labels, args.label_fraction, generator)
-    train.labels = torch.full_like(train.labels, -1).index_copy_(
-        0, labelled, train.labels[labelled]
-    )
-    return (
-        image_set,
-        [train, *others][: 1 if args.method == "single" else None],
-        dev,
-        val,
-        classes,
-        tasks,
-    )
-
-
-def endless_batches(args, loaders, auxiliary):
-    """The batches of lower and upper steps, K+1 for each, without end. loaders: of each task, or of all; auxiliary: (N, K)."""
-    for parts in zip(*(chain.from_iterable(repeat(loader)) for loader in loaders), strict=True):
-        x, _, index = parts[0]
-        batches = [(x, y) for x, y, _ in parts]
-        if args.dataset == RATINGS:
-            batches.append(args.l2_weight)
-        elif auxiliary is not None:
-            batches += [(x, labels) for labels in auxiliary[index].unbind(1)]
-        elif len(parts) == 1:  # each image turned by 0, 90, 180 or 270 degrees
-            turns, turned = (
-                torch.randint(4, (len(x),), device=x.device),
-                torch.stack([x.rot90(k, (2, 3)) for k in range(4)]),
-            )
-            batches.append((turned[turns, torch.arange(len(x), device=x.device)], turns))
-        yield batches[:1] if args.method == "single" else batches
-
-
-def build_optimizer(kind: str, parameters, momentum: float = 0.9, graph: bool = False, **options):
-    """An optimiser by its name on the command line. momentum: of "momentum", which is SGD. graph: a CUDA graph is to hold it."""
-    adam = {"fused": True, "capturable": graph}
-    kinds = {
-        "adam": partial(torch.optim.Adam, **adam),
-        "adamw": partial(torch.optim.AdamW, **adam),
-        "sgd": torch.optim.SGD,
-    }
-    return kinds.get(kind, partial(torch.optim.SGD, momentum=momentum))(parameters, **options)
-
-
-def build_learned(args, auxiliaries: int, modules: int):
-    """What is learned beside theta, or None: alpha (K, m); uncertainty's s (K+1,); AuxL's g, an MLP, losses (K+1,) to (1,)."""
-    if args.method != "auxl":
-        starts = {
-            "maoal": torch.ones(auxiliaries, modules),
-            "uncertainty": torch.full((auxiliaries + 1,), -0.5),
-        }
-        return nn.ParameterDict({"weight": starts[args.method]}) if args.method in starts else None
-    g = nn.Sequential(
-        nn.Linear(auxiliaries + 1, 5),
-        nn.Softplus(),
-        nn.Linear(5, 5),
-        nn.Softplus(),
-        nn.Linear(5, 1, bias=False),
-    )
-    for p in g.parameters():  # [C] has weight norm, AuxiLearn's own scripts have none
-        nn.init.uniform_(p, 0, 0.2 * (p.dim() == 2))  # biases are 0; 0.2: AuxiLearn for Pet
-    return g
-
-
-@torch.no_grad()
-def evaluate(network, loader):
-    """Accuracy in percent, or for ratings the root mean squared error, in eval mode: a tensor ()."""
-    network.eval()
-    total, n = 0, 0
-    for x, y, _ in loader:
-        output, n = network(x), n + len(y)
-        total = total + (
-            (output - y).square().sum()
-            if y.is_floating_point()
-            else 100 * (output.argmax(dim=1) == y).sum()
-        )
-    network.train()
-    return (total / n).sqrt() if y.is_floating_point() else total / n
-
-
-def keep_best(best, network, performance, epoch: int) -> None:
-    """Alg. 1, lines 11 to 14: copy the network and its epoch into `best` if the performance, (), is above best's."""
-    better = performance > best.record[0]
-    new = network.state_dict() | {
-        "record": torch.stack([performance, torch.full_like(performance, epoch)])
-    }
-    for name, value in best.state_dict().items():
-        value.copy_(torch.where(better, new[name], value))
-
-
-def train(args) -> dict:
-    """One run, from its last checkpoint if there is one. Returns the summary."""
-    device, ratings = choose_device(args.device, args.cuda_graph), args.dataset == RATINGS
-    torch.manual_seed(args.seed)
-    image_set, trains, dev, val, classes, tasks = load_data(args)
-    network = (
-        AutoInt(classes)
-        if ratings
-        else PrimaryNetwork(build_backbone(args.backbone, args.pretrained), classes)
-    )
-    if not ratings:
-        check_trunk(network.trunk, args.backbone, image_set.image_size)
-    modules, network = partition_modules(network, args.partition), network.to(device)
-    generator = loader_generator(image_set, device, args.seed)
-    make = rating_loader if ratings else partial(make_loader, workers=args.workers)
-    loader_of = partial(make, image_set=image_set, device=device)
-    training = {"train": True, "generator": generator}
-    loaders = [loader_of(split, batch_size=args.batch_size, **training) for split in trains]
-    dev_loader = dev and loader_of(
-        dev, batch_size=min(len(dev), 256 if ratings else 100), **training
-    )
-    val_loader, test_loader = (
-        loader_of(split, batch_size=args.batch_size, train=False) for split in (val, image_set.test)
-    )
-    auxiliary = None if trains[0].auxiliary is None else trains[0].auxiliary.to(device)
-    steps = min(len(loaders[0]), args.max_steps or len(loaders[0]))
-    learned = (built := build_learned(args, len(tasks), len(modules))) and built.to(device)
-    theta = [*network.parameters(), *(learned.parameters() if args.method == "uncertainty" else ())]
-    options = {
-        "momentum": args.momentum,
-        "lr": args.lr,
-        "weight_decay": args.weight_decay,
-        "graph": args.cuda_graph,
-    }
-    optimizer = build_optimizer(args.optimizer.replace("sgd", "momentum"), theta, **options)
-    angle = math.pi / args.epochs * (args.optimizer == "sgd")  # of the cosine schedule, an epoch
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: 0.5 + 0.5 * math.cos(epoch * angle)
-    )
-    best, gradients = (
-        deepcopy(network),
-        partial(lower_gradients, args, modules=modules, learned=learned),
-    )
-    best.register_buffer(
-        "record", torch.tensor([-math.inf, 0.0], device=device)
-    )  # performance, epoch
-    state = {
-        "network": network,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "generator": generator,
-        "best": best,
-    }
-    if learned:  # the second is idle for uncertainty's s, which moves with theta
-        options = {
-            "lr": args.upper_lr,
-            "weight_decay": args.upper_weight_decay,
-            "graph": args.cuda_graph,
-        }
-        upper = build_optimizer(args.upper_optimizer, learned.parameters(), **options)
-        state |= {"learned": learned, "upper_optimizer": upper}
-    history = load_checkpoint(folder := open_run(args, device), state)
-    name, sign = ("rmse", -1) if ratings else ("accuracy", 1)  # of a performance, higher is better
-    print(
-        f"{args.method} on {args.dataset}: {len(trains[0])} training, {len(dev or [])} development, {len(val)} validation "
-        f"samples, {steps} steps an epoch, seed {args.seed}; auxiliary: {', '.join(tasks)}; modules: {', '.join(modules)}"
-    )
-
-    def lower_round(batches):
-        return lower_step(network, optimizer, batches, gradients)
-
-    def upper_round(batches, dev_batch):
-        return (
-            upper_step(
-                args,
-                network,
-                learned,
-                upper,
-                batches,
-                dev_batch,
-                modules,
-                optimizer.param_groups[0]["lr"],
-            ),
-        )
-
-    drops = (
-        args.cuda_graph
-        and not ratings
-        and draws_random_numbers(network.trunk, image_set.image_size)
-    )
-    lower_graph = capture(
-        lower_round, [optimizer], args.cuda_graph
-    )  # an upper step takes dropout's masks by way of the host
-    upper_graph = capture(
-        upper_round, [optimizer], args.cuda_graph and args.method in BILEVEL and not drops
-    )
-    for epoch in range(len(history), args.epochs):
-        began, lr = time.perf_counter(), optimizer.param_groups[0]["lr"]
-        progress = tqdm(
-            total=steps, desc=f"epoch {epoch + 1}/{args.epochs}", leave=False, disable=None
-        )
-        loss_sum, first_bad = torch.zeros((), device=device), torch.full((), steps, device=device)
-        batches, dev_batches = (
-            endless_batches(args, loaders, auxiliary),
-            chain.from_iterable(repeat(dev_loader)),
-        )
-        for step in range(steps):
-            loss, losses = lower_graph(next(batches))
-            loss_sum, value = loss_sum + loss, losses.sum()
-            loop, rest = divmod(epoch * steps + step + 1, args.lower_steps)
-            if rest == 0 and args.interval and loop % args.interval == 0:
-                keep_best(best, network, sign * evaluate(network, val_loader), epoch + 1)
-            if rest == 0 and args.method in BILEVEL:
-                value = value + upper_graph(next(batches), next(dev_batches)[:2])[0]
-            first_bad = torch.where(value.isfinite(), first_bad, first_bad.clamp(max=step))
-            progress.update()
-        # The epoch's figures: its only reads from the device
-        progress.close()
-        bad, seconds = (
-            int(first_bad),
-            time.perf_counter() - began,
-        )  # in this order: the read waits for the device
-        performance = evaluate(network, val_loader)
-        keep_best(best, network, sign * performance, epoch + 1)
-        values = [
-            v
-            for n in (network, learned)
-            if n is not None
-            for v in n.state_dict().values()
-            if v.is_floating_point()
-        ]
-        if bad < steps or not torch.stack([v.isfinite().all() for v in values]).all():
-            bad = min(bad, steps - 1)  # the last step's loss may have been finite still
-            fail(
-                f"epoch {epoch + 1}: the loss is not finite from step {bad + 1} on; the checkpoint before it is kept",
-                code=3,
-            )
-        metrics = {
-            "epoch": epoch + 1,
-            "lr": lr,
-            "loss": float(loss_sum) / steps,
-            f"val_{name}": float(performance),
-            f"test_{name}": float(evaluate(network, test_loader)),
-        }
-        if args.method == "maoal":
-            alpha = learned["weight"].tolist()
-            metrics["importance"] = {
-                task: dict(zip(modules, row, strict=True))
-                for task, row in zip(tasks, alpha, strict=True)
-            }
-        scheduler.step()
-        metrics |= {
-            "images_per_second": steps * args.batch_size / seconds,
-            "milliseconds_per_step": 1000 * seconds / steps,
-        }
-        before = history[-1]["seconds"] if history else 0.0
-        metrics |= {
-            "peak_memory_mib": peak_memory_mib(device),
-            "seconds": before + time.perf_counter() - began,
-        }
-        history.append(metrics)
-        save_checkpoint(folder, state, history)
-        log_epoch(metrics, args.epochs, ("loss", f"val_{name}", f"test_{name}"))
-    show(folder, history, (f"val_{name}", f"test_{name}"), args.plot)
-    chosen = {
-        f"test_{name}_of_best_validation": float(evaluate(best, test_loader)),
-        f"best_val_{name}": sign * float(best.record[0]),
-        "best_validation_epoch": int(best.record[1]),
-    }
-    print(*(f"{key} {value:.4g}" for key, value in chosen.items()), sep="  ")
-    summary = summarize(folder, history, f"test_{name}", min if ratings else max) | chosen
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return summary
-
-
-def show(folder: Path, history: list[dict], names: tuple[str, ...], draw: bool) -> None:
-    """Fig. 4: print the final importance, a row per module; draw: the curves of `names`, and heat maps of it over training."""
-    final = history[-1].get("importance", {})
-    modules = list(next(iter(final.values()), ()))
-    for module in modules:
-        print(f"{module:>24s}  " + "  ".join(f"{task} {final[task][module]:.3f}" for task in final))
-    if draw:
-        plot(
-            folder / "curves.png",
-            [h["epoch"] for h in history],
-            {n: [h[n] for h in history] for n in names},
-            "epoch",
-        )
-    if draw and final:
-        from matplotlib.figure import Figure  # optional package
-
-        figure = Figure(figsize=(4 * len(final), 4), layout="constrained")
-        for axes, task in zip(figure.subplots(1, len(final), squeeze=False)[0], final, strict=True):
-            image = axes.imshow(
-                [[h["importance"][task][m] for h in history] for m in modules], aspect="auto"
-            )
-            axes.set(title=task, xlabel="epoch", yticks=range(len(modules)), yticklabels=modules)
-            figure.colorbar(image)
-        figure.savefig(folder / "importance.png", dpi=150)
-
-
-def main(argv=None) -> dict:
-    """Run the command line; returns the summary."""
-    args = parse_args(argv)
-    warnings.filterwarnings(
-        "ignore", message=".*torch.jit.script", category=FutureWarning
-    )  # torch's own, in forward mode
-    metric = "test_rmse" if args.dataset == RATINGS else "test_accuracy"
+    """Train once for each of --seeds. Of several: the metric's mean and standard deviation."""
     try:
-        if args.plot:
-            import matplotlib.figure  # noqa: F401 - if it is missing, say so now and not after the last epoch
-        summary = run_seeds(args, train, metric)
-        if "runs" in summary:  # the same for the models that validation chose, once all are trained
-            runs, args.resume = iter(summary["runs"]), True
-            summary |= run_seeds(args, lambda _: next(runs), f"{metric}_of_best_validation")
-        return summary
-    except ModuleNotFoundError as error:
-        fail(f"this needs the package {error.name}: pip install {error.name}")
-    except (
-        InputError,
-        OSError,
-        NotImplementedError,
-    ) as error:  # the last: a backbone's operation without forward-mode rule
+        runs = [argparse.Namespace(**vars(args), seed=seed) for seed in dict.fromkeys(args.seeds)]
+        for run in runs:  # an error for the last one must not wait for the others to train
+            holds_run(run_folder(run), run.resume)
+        summaries = [train(run) for run in runs]
+    except (InputError, OSError) as error:
         fail(error)
+    except (RuntimeError, MemoryError) as error:
+        wanted = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        if wanted is not None:
+            hint = "a smaller --batch-size takes less"
+            fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
+        if "DataLoader worker" in str(error):
+            fail("a process that reads images has died, out of memory perhaps; try --workers 0")
+        raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)
+    if len(runs) == 1:
+        return summaries[0]
+
+    values = [summary[metric] for summary in summaries]
+    mean = statistics.fmean(values)
+    std = statistics.stdev(values)
+    print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds: {args.out_dir}")
+    return {metric: mean, f"{metric}_std": std, "runs": summaries}
 
 
 if __name__ == "__main__":
-    end_on_sigterm()
     main()

@@ -1,4 +1,7 @@
-"""MAOAL: its maths in float64 against slow versions written here, and its claim on data where the answer is known."""
+"""MAOAL: its maths in float64 against slow versions, its claim on data with a known answer.
+
+The data sets' own tests are in test_common.py.
+"""
 
 import copy
 import json
@@ -10,14 +13,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from conftest import relative_difference
+from conftest import ROOT, relative_difference
 from nets import dropout, mlp, small_vit
+from test_common import write_cifar100, write_cub, write_movielens
+from test_contract import refuses
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maoal
-from common import ImageSet, Split, convnet4, resnet18_cifar, vgg16_cifar
+from common import convnet4, resnet18_cifar, vgg16_cifar
+from maoal import Batch, SquaredNorm
 
+torch.set_num_threads(1)
 FIELDS = [3883, 18, 6040, 2, 7, 21]  # MovieLens-1M's
 
 
@@ -25,51 +32,76 @@ def small_resnet():
     """ResNet's blocks, few channels: a stem and two stages."""
     block = torchvision.models.resnet.BasicBlock
     down = nn.Sequential(nn.Conv2d(4, 6, 1, stride=2, bias=False), nn.BatchNorm2d(6))
-    stem = [nn.Conv2d(3, 4, 3, stride=2, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
-    return nn.Sequential(*stem, block(4, 4), block(4, 6, 2, down), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        block(4, 4),
+        block(4, 6, 2, down),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 10),
+    )
 
 
 def flat(gradients):
     return torch.cat([g.flatten() for g in gradients])
 
 
-def make_problem(backbone=convnet4, classes=(3, 4, 2), images=6, how="block", seed=0):
-    """A network, its modules, a batch per task, one of D_dev, and an importance with negative entries."""
+def make_problem(backbone=small_resnet, classes=(3, 4, 2), images=6, how="block", seed=0):
+    """A network, its modules, a batch per task and one of D_dev; an importance, partly negative."""
     torch.manual_seed(seed)
     network = maoal.PrimaryNetwork(backbone(), list(classes)).double()
-    batches = [(torch.randn(images, 3, 32, 32).double(), torch.arange(images) % n) for n in classes]
-    dev = torch.randn(images + 1, 3, 32, 32).double(), torch.arange(images + 1) % classes[0]
+    batches = []
+    for n in classes:
+        x = torch.randn(images, 3, 32, 32).double()
+        batches.append(Batch(x, torch.arange(images) % n))
+    x = torch.randn(images + 1, 3, 32, 32).double()
+    dev = Batch(x, torch.arange(images + 1) % classes[0])
     modules = maoal.partition_modules(network, how)
-    return network, modules, batches, dev, torch.randn(len(classes) - 1, len(modules)).double()
+    importance = torch.randn(len(classes) - 1, len(modules)).double()
+    return network, modules, batches, dev, importance
 
 
 def make_ratings(how="block"):
-    """AutoInt on made categories, the second loss ||theta||^2."""
+    """AutoInt on made categories; the auxiliary loss is ||theta||^2."""
     torch.manual_seed(0)
     network = maoal.AutoInt([5, 3, 7]).double()
     modules = maoal.partition_modules(network, how)
 
     def batch(n):
-        return torch.stack([torch.randint(size, (n,)) for size in (5, 3, 7)], dim=1), 1 + 4 * torch.rand(n).double()
+        x = torch.stack([torch.randint(size, (n,)) for size in (5, 3, 7)], dim=1)
+        return Batch(x, 1 + 4 * torch.rand(n).double())
 
-    return network, modules, [batch(8), 0.3], batch(6), torch.randn(1, len(modules)).double()
+    batches = [batch(8), SquaredNorm(0.3)]
+    return network, modules, batches, batch(6), torch.randn(1, len(modules)).double()
 
 
-# ---------------------------------------- Modules and networks ----------------------------------------
+# -------- Modules and networks --------------------------------------------------------------------
+
+STAGES = ["conv1", "layer1", "layer2", "layer3", "layer4"]
 
 
-@pytest.mark.parametrize("backbone, names", [
-    (convnet4, ["0", "3", "7", "10"]),
-    (resnet18_cifar, ["conv1", "layer1", "layer2", "layer3", "layer4"]),
-    (vgg16_cifar, 13),
-    (mlp, ["2"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "backbone, names",
+    [
+        (convnet4, ["0", "3", "7", "10"]),
+        (resnet18_cifar, STAGES),
+        (torchvision.models.resnet18, STAGES),
+        (vgg16_cifar, 13),
+        (mlp, ["2"]),
+    ],
+)
 def test_blocks_are_those_of_the_paper(backbone, names):
     network = maoal.PrimaryNetwork(backbone(), [2, 3])
     blocks = maoal.partition_modules(network)
-    assert len(blocks) == names if isinstance(names, int) else list(blocks) == names
+    if isinstance(names, int):
+        assert len(blocks) == names
+    else:
+        assert list(blocks) == names
     trunk = [name for name, _ in network.named_parameters() if name.startswith("trunk.")]
-    assert [name for names in blocks.values() for name in names] == trunk, "every trunk parameter once, in order, and no head"
+    once = "every trunk parameter once, in order, and no head"
+    assert [name for names in blocks.values() for name in names] == trunk, once
     assert maoal.partition_modules(network, "model") == {"model": trunk}
     assert maoal.partition_modules(network, "parameter") == {name: [name] for name in trunk}
 
@@ -77,67 +109,125 @@ def test_blocks_are_those_of_the_paper(backbone, names):
 def test_convnet4_blocks_end_with_what_follows_the_convolution():
     blocks = maoal.partition_modules(convnet4())
     assert [name.split(".")[0] for name in blocks["0"]] == ["0", "0", "1", "1"]
-    assert {"13", "14", "17", "18"} & {name.split(".")[0] for name in blocks["10"]}, "the Linear and its norm join the last"
+    last = {name.split(".")[0] for name in blocks["10"]}
+    assert {"13", "14", "17", "18"} & last, "the Linear and its norm join the last"
+
+
+def test_a_network_of_one_layer_is_one_module():
+    assert maoal.partition_modules(nn.Sequential(nn.Linear(2, 3))) == {
+        "weight": ["0.weight", "0.bias"]
+    }
+    assert maoal.partition_modules(nn.Linear(2, 3, bias=False)) == {"weight": ["weight"]}
+
+
+def test_a_misspelt_partition_is_told_the_known_ones():
+    with pytest.raises(ValueError, match="'block', 'parameter' or 'model', not 'blocks'"):
+        maoal.partition_modules(nn.Linear(2, 3), "blocks")
 
 
 def test_autoint_is_the_published_one():
     network = maoal.AutoInt(FIELDS)
     assert sum(p.numel() for p in network.parameters()) == 163745
-    assert list(maoal.partition_modules(network)) == ["embedding", *(f"attention{i}" for i in range(1, 5)), "head"]
-    assert abs(float(network.attention1.detach().abs().max()) - math.sqrt(6 / 32)) < 0.01, "Xavier-uniform over each 16 x 16"
+    attention = [f"attention{i}" for i in range(1, 5)]
+    assert list(maoal.partition_modules(network)) == ["embedding", *attention, "head"]
+    for name in ("query", "key", "value", "residual"):
+        bound = float(getattr(network.attention1, name).detach().abs().max())
+        assert bound == pytest.approx(math.sqrt(6 / 32), abs=0.02), "Xavier-uniform, 16 x 16"
+
+
+def slow_attention(layer, h, fields, head_slices):
+    """One of AutoInt's layers for one sample, field by field and head by head."""
+    new = []
+    for f in range(fields):
+        out = []
+        for c in head_slices:
+            size = c.stop - c.start
+            scores = []
+            for g in range(fields):
+                product = (h[f] @ layer.query)[c] @ (h[g] @ layer.key)[c]
+                scores.append(product / math.sqrt(size))
+            total = sum(s.exp() for s in scores)
+            values = [(h[g] @ layer.value)[c] for g in range(fields)]
+            out.append(sum(s.exp() / total * v for s, v in zip(scores, values, strict=True)))
+        new.append((torch.cat(out) + h[f] @ layer.residual).clamp(min=0))
+    return new
 
 
 def test_autoint_matches_nested_loops():
     torch.manual_seed(0)
     network = maoal.AutoInt([3, 2], width=4, layers=2, heads=2).double()
     x = torch.tensor([[2, 0], [1, 1], [0, 1]])
-    for row, got in zip(x, network(x), strict=True):
+    expected = []
+    for row in x:
         h = [network.embedding[row[0]], network.embedding[3 + row[1]]]
         for layer in (network.attention1, network.attention2):
-            w_q, w_k, w_v, w_r = layer
-            new = []
-            for f in range(2):
-                out = []
-                for c in (slice(0, 2), slice(2, 4)):  # heads
-                    scores = [float((h[f] @ w_q)[c] @ (h[g] @ w_k)[c]) / math.sqrt(2) for g in range(2)]
-                    total = sum(math.exp(s) for s in scores)
-                    out.append(sum(math.exp(scores[g]) / total * (h[g] @ w_v)[c] for g in range(2)))
-                new.append((torch.cat(out) + h[f] @ w_r).clamp(min=0))
-            h = new
-        expected = torch.cat(h) @ network.head.weight[0] + network.head.bias[0]
-        assert abs(float((got - expected).detach())) < 1e-12
+            h = slow_attention(layer, h, 2, (slice(0, 2), slice(2, 4)))
+        expected.append(torch.cat(h) @ network.head.weight[0] + network.head.bias[0])
+    assert relative_difference(network(x), torch.stack(expected)) < 1e-12
+    assert relative_difference(network(x.flip(0)), torch.stack(expected)) > 1e-3
+
+
+def test_importance_as_paper_and_published_code_have_it():
+    alpha = torch.tensor([[2.0, -1.0], [0.0, 4.0]])
+    paper = maoal.Importance(2, 2)
+    assert torch.equal(paper(), torch.ones(2, 3)), "all 1 at first, and for what is in no module"
+    paper.weight.data.copy_(alpha)
+    assert torch.equal(paper(), torch.tensor([[2.0, -1.0, 1.0], [0.0, 4.0, 1.0]]))
+    code = maoal.Importance(2, 2, relu=True, mean=True)
+    code.weight.data.copy_(alpha)
+    assert torch.equal(code(), torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 0.5]]))
+
+
+def test_the_flags_of_the_importance_reach_it():
+    for flags, expected in (
+        ([], (False, False)),
+        (["--preset", "published-code"], (True, True)),
+        (["--relu-importance"], (True, False)),
+        (["--mean-auxiliary"], (False, True)),
+    ):
+        importance = maoal.build_learned(arguments("maoal", *flags), 3, 2)
+        assert (importance.relu, importance.mean) == expected
+        assert importance.weight.shape == (3, 2)
+
+
+# -------- Losses ----------------------------------------------------------------------------------
 
 
 def test_prediction_loss_masks_unlabelled_samples_and_squares_ratings():
-    logits, y = torch.randn(4, 3).double(), torch.tensor([2, -1, 0, -1])
-    assert torch.allclose(maoal.prediction_loss(logits, y), F.cross_entropy(logits[[0, 2]], y[[0, 2]]))
+    logits = torch.randn(4, 3).double()
+    y = torch.tensor([2, -1, 0, -1])
+    labelled = F.cross_entropy(logits[[0, 2]], y[[0, 2]])
+    assert torch.allclose(maoal.prediction_loss(logits, y), labelled)
     assert maoal.prediction_loss(logits, torch.full((4,), -1)) == 0
-    assert torch.allclose(maoal.prediction_loss(logits[:, 0], logits[:, 1]), ((logits[:, 0] - logits[:, 1]) ** 2).mean())
+    ratings = maoal.prediction_loss(logits[:, 0], logits[:, 1])
+    assert torch.allclose(ratings, ((logits[:, 0] - logits[:, 1]) ** 2).mean())
 
 
-# ---------------------------------------- The lower step ----------------------------------------
+# -------- The lower step --------------------------------------------------------------------------
 
 
-def slow_loss(network, batch, task, theta, buffers=None):
+def slow_loss(network, batch, task, theta):
     """One loss with everything in one graph. Shares no function with maoal.py."""
-    if isinstance(batch, float):
-        return batch * sum((p**2).sum() for p in theta.values())
-    x, y = batch
-    buffers = {n: b.clone() for n, b in (buffers or dict(network.named_buffers())).items()}
-    output = functional_call(network, theta | buffers, (x, task))
-    if y.is_floating_point():
-        return sum((output[n] - y[n]) ** 2 for n in range(len(y))) / len(y)
+    if isinstance(batch, SquaredNorm):
+        return batch.weight * sum((p**2).sum() for p in theta.values())
+    buffers = {n: b.clone() for n, b in network.named_buffers()}
+    output = functional_call(network, theta | buffers, (batch.x, task))
+    n = len(batch.y)
+    if batch.y.is_floating_point():
+        return sum((output[i] - batch.y[i]) ** 2 for i in range(n)) / n
     p = output.exp() / output.exp().sum(1, keepdim=True)
-    return -sum(p[n, y[n]].log() for n in range(len(y))) / len(y)
+    return -sum(p[i, batch.y[i]].log() for i in range(n)) / n
 
 
-def slow_field(network, modules, batches, importance, theta, seed=1, create_graph=False):
-    """G by name, straight from (4, 5)."""
+def slow_field(network, modules, batches, importance, theta, create_graph=False):
+    """G by name, straight from (4, 5), and the gradient of each loss."""
     gradients = []
     for i, batch in enumerate(batches):
-        torch.manual_seed(seed)
+        torch.manual_seed(1)
         loss = slow_loss(network, batch, i, theta)
-        found = torch.autograd.grad(loss, list(theta.values()), create_graph=create_graph, materialize_grads=True)
+        found = torch.autograd.grad(
+            loss, list(theta.values()), create_graph=create_graph, materialize_grads=True
+        )
         gradients.append(dict(zip(theta, found, strict=True)))
     field = dict(gradients[0])
     for j, names in enumerate(modules.values()):
@@ -147,160 +237,285 @@ def slow_field(network, modules, batches, importance, theta, seed=1, create_grap
     return field, gradients
 
 
+def parameters_in(network, modules) -> dict:
+    inside = {name for names in modules.values() for name in names}
+    return {n: p for n, p in network.named_parameters() if n in inside}
+
+
 @pytest.mark.parametrize("how", ["block", "parameter", "model"])
 @pytest.mark.parametrize("make", [make_problem, make_ratings])
 def test_the_update_field_is_that_of_the_paper(make, how):
     network, modules, batches, _, importance = make(how=how)
-    theta = {n: p for n, p in network.named_parameters() if any(n in names for names in modules.values())}
+    theta = parameters_in(network, modules)
     expected, _ = slow_field(network, modules, batches, importance, theta)
-    torch.manual_seed(1)
-    losses, field = maoal.module_weighted_gradients(copy.deepcopy(network), batches, modules, importance)
-    assert len(losses) == len(batches) and all(t.grad_fn is None for t in field.values()), "no graph is left"
-    for name, g in expected.items():
-        assert g.abs().max() > 1e-12 or "bias" in name
-    assert relative_difference(flat(field[n] for n in expected), flat(expected.values())) < 1e-10
-    _, wrong = maoal.module_weighted_gradients(copy.deepcopy(network), batches, modules, -importance)
-    assert relative_difference(flat(wrong[n] for n in expected), flat(expected.values())) > 1e-2, "a flipped sign is noticed"
+
+    def difference(importance):
+        torch.manual_seed(1)
+        losses, field = maoal.module_weighted_gradients(
+            copy.deepcopy(network), batches, modules, importance
+        )
+        assert len(losses) == len(batches)
+        assert all(t.grad_fn is None for t in field.values()), "no graph is left"
+        return relative_difference(flat(field[n] for n in expected), flat(expected.values()))
+
+    assert min(float(g.abs().max()) for g in expected.values()) > 1e-12
+    assert difference(importance) < 1e-10
+    assert difference(-importance) > 1e-2, "a flipped sign is noticed"
 
 
-def test_heads_take_their_own_column_and_statistics_follow_each_pass_once():
+def test_what_is_in_no_module_takes_its_own_column():
     network, modules, batches, _, importance = make_problem()
     for column in (None, torch.tensor([0.3, 0.7]).double()):
-        a = importance if column is None else torch.cat([importance, column[:, None]], dim=1)
+        a = importance
+        if column is not None:
+            a = torch.cat([importance, column[:, None]], dim=1)
         _, field = maoal.module_weighted_gradients(copy.deepcopy(network), batches, modules, a)
         for i in range(3):
             loss = slow_loss(network, batches[i], i, dict(network.named_parameters()))
             (expected,) = torch.autograd.grad(loss, network.heads[i].weight)
-            factor = 1 if i == 0 or column is None else column[i - 1]
-            assert relative_difference(field[f"heads.{i}.weight"], factor * expected) < 1e-10
+            if i > 0 and column is not None:
+                expected = column[i - 1] * expected
+            assert relative_difference(field[f"heads.{i}.weight"], expected) < 1e-10
+
+
+def test_statistics_follow_each_pass_once():
+    network, modules, batches, _, importance = make_problem()
     reference = copy.deepcopy(network)
-    for i, (x, _) in enumerate(batches):
-        reference(x, i)
+    for i, batch in enumerate(batches):
+        reference(batch.x, i)
     maoal.module_weighted_gradients(network, batches, modules, importance)
-    assert all(torch.equal(a, b) for a, b in zip(network.buffers(), reference.buffers(), strict=True))
+    for a, b in zip(network.buffers(), reference.buffers(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lower_step_is_an_sgd_step_along_the_field():
+    network, modules, batches, _, importance = make_problem()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    before = copy.deepcopy(dict(network.named_parameters()))
+    _, field = maoal.module_weighted_gradients(network, batches, modules, importance)
+    del field["heads.2.weight"]
+    network.heads[2].weight.grad = torch.ones_like(network.heads[2].weight)
+    maoal.lower_step(network, optimizer, field)
+    for name, p in network.named_parameters():
+        if name == "heads.2.weight":
+            assert torch.equal(p, before[name]), "nothing of an earlier step's gradients is left"
+        else:
+            assert relative_difference(p, before[name] - 0.1 * field[name]) < 1e-14
+
+
+def test_gradients_lie_in_memory_as_their_parameters_do():
+    """A fused Adam takes them as they lie: a layout of their own would give wrong steps."""
+    p = nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    gradient = torch.randn(4, 3, 2, 2)
+    expected = p.detach() - 0.1 * gradient.sign()
+    maoal.set_gradient(p, gradient)
+    torch.optim.Adam([p], 0.1, fused=True).step()
+    assert relative_difference(p.detach(), expected) < 1e-5
+
+    network, modules, batches, dev, _ = make_problem()
+    importance = maoal.Importance(2, len(modules)).double()
+    a = torch.ones(2, len(modules)).double()
+    slopes = maoal.importance_gradient(network, batches, dev, modules, a, lr=0.1)
+    optimizer = torch.optim.Adam(importance.parameters(), 0.01, fused=True)
+    maoal.importance_step(network, importance, optimizer, batches, dev, modules, lr=0.1)
+    expected = 1 - 0.01 * slopes.sign()
+    assert relative_difference(importance.weight.detach(), expected) < 1e-4
+
+
+# -------- The methods it is compared with ---------------------------------------------------------
+
+
+def make_agreement():
+    """Three losses, the second the first again, the third what harms the first; and theta."""
+    network, modules, batches, _, _ = make_problem(classes=(3, 3, 3))
+    network.heads[1].load_state_dict(network.heads[0].state_dict())
+    for p, q in zip(network.heads[2].parameters(), network.heads[0].parameters(), strict=True):
+        p.data.copy_(-q)  # with logits turned around
+    batches = [batches[0]] * 3
+    return network, modules, batches, dict(network.named_parameters())
 
 
 def test_gcs_keeps_the_losses_that_agree():
-    network, modules, batches, _, _ = make_problem(classes=(3, 3, 3))
-    x, y = batches[0]
-    batches = [(x, y), (x, y), (x, (y + 1) % 3)]
-    network.heads[1].load_state_dict(network.heads[0].state_dict())  # the same loss again
-    for p, q in zip(network.heads[2].parameters(), network.heads[0].parameters(), strict=True):
-        p.data.copy_(-q)  # with logits turned around, what helps the one loss harms the other
-    batches[2] = (x, y)
-    theta = dict(network.named_parameters())
+    network, modules, batches, theta = make_agreement()
     _, gradients = slow_field(network, {}, batches, None, theta)
     shared = [n for n in theta if n.startswith("trunk.")]
-    dots = [float(flat(g[n] for n in shared) @ flat(gradients[0][n] for n in shared)) for g in gradients]
-    assert dots[1] > 0 > dots[2]
-    _, field = maoal.module_weighted_gradients(network, batches, modules)
-    assert relative_difference(flat(field[n] for n in shared), 2 * flat(gradients[0][n] for n in shared)) < 1e-9
-    assert relative_difference(field["heads.2.weight"], gradients[2]["heads.2.weight"]) < 1e-9, "heads take the sum of all"
+    first, again, harmful = [flat(g[n] for n in shared) for g in gradients]
+    assert first @ again > 0 > first @ harmful
 
-
-def arguments(method, *flags):
-    return maoal.parse_args(["--dataset", "synthetic", "--method", method, *flags])
+    _, field = maoal.gcs_gradients(network, batches, modules)
+    assert relative_difference(flat(field[n] for n in shared), 2 * first) < 1e-9
+    head = gradients[2]["heads.2.weight"]
+    assert relative_difference(field["heads.2.weight"], head) < 1e-9, "heads follow all losses"
 
 
 def test_uncertainty_is_the_gradient_of_kendalls_objective():
     network, modules, batches, _, _ = make_problem()
     s = torch.tensor([-0.5, 0.3, 1.1]).double().requires_grad_()
     theta = dict(network.named_parameters())
-    objective = sum(slow_loss(network, b, i, theta) / (2 * s[i].exp()) + s[i] / 2 for i, b in enumerate(batches))
+    objective = 0
+    for i, batch in enumerate(batches):
+        objective = objective + slow_loss(network, batch, i, theta) / (2 * s[i].exp()) + s[i] / 2
     *expected, expected_s = torch.autograd.grad(objective, [*theta.values(), s])
-    learned = nn.ParameterDict({"weight": s.detach().clone()})
-    _, field = maoal.lower_gradients(arguments("uncertainty"), network, batches, modules, learned)
+    _, field, slope = maoal.uncertainty_gradients(network, batches, modules, s)
     assert relative_difference(flat(field[n] for n in theta), flat(expected)) < 1e-10
-    assert relative_difference(learned["weight"].grad, expected_s) < 1e-10
+    assert relative_difference(slope, expected_s) < 1e-10
 
 
-def test_single_equal_and_auxl_take_the_gradient_of_their_sum():
+def arguments(method, *flags):
+    return maoal.parse_args(["--dataset", "synthetic", "--method", method, *flags])
+
+
+@pytest.mark.parametrize("method", ["single", "equal", "auxl"])
+def test_single_equal_and_auxl_take_the_gradient_of_their_sum(method):
     network, modules, batches, _, _ = make_problem()
     theta = dict(network.named_parameters())
-    g = maoal.build_learned(arguments("auxl"), 2, 4).double()
-    sums = {"single": lambda losses: losses[0], "equal": sum, "auxl": lambda losses: losses[0] + g(torch.stack(losses))[0]}
-    for method, total in sums.items():
-        used = batches[:1] if method == "single" else batches
-        loss = total([slow_loss(network, b, i, theta) for i, b in enumerate(used)])
-        expected = torch.autograd.grad(loss, list(theta.values()), allow_unused=True)
-        _, field = maoal.lower_gradients(arguments(method), copy.deepcopy(network), used, modules, g)
-        pairs = [(field[n], e) for n, e in zip(theta, expected, strict=True) if e is not None]
-        assert all(field.get(n) is None for n, e in zip(theta, expected, strict=True) if e is None)
-        assert relative_difference(flat(a for a, _ in pairs), flat(e for _, e in pairs)) < 1e-10, method
+    g = maoal.Combination(3).double()
+    if method == "single":
+        batches = batches[:1]
+    losses = [slow_loss(network, batch, i, theta) for i, batch in enumerate(batches)]
+    total = sum(losses)
+    if method == "auxl":
+        total = losses[0] + g(torch.stack(losses))
+    expected = torch.autograd.grad(total, list(theta.values()), allow_unused=True)
+    expected = {n: e for n, e in zip(theta, expected, strict=True) if e is not None}
+
+    args = arguments(method)
+    found, field = maoal.update_field(args, copy.deepcopy(network), batches, modules, g)
+    assert field.keys() == expected.keys()
+    difference = relative_difference(flat(field[n] for n in expected), flat(expected.values()))
+    assert difference < 1e-10
+    assert relative_difference(found, torch.stack(losses)) < 1e-10
 
 
-def test_effective_importance_as_paper_and_code_have_it():
-    alpha = torch.tensor([[2.0, -1.0], [0.0, 4.0]])
-    assert torch.equal(maoal.effective_importance(arguments("maoal"), alpha), alpha)
-    code = maoal.effective_importance(arguments("maoal", "--preset", "published-code"), alpha)
-    assert torch.equal(code, torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+def test_a_combination_starts_and_stays_non_negative():
+    g = maoal.Combination(3)
+    weights = [p for p in g.parameters() if p.dim() == 2]
+    assert len(weights) == 3
+    assert all(p.min() >= 0 and p.max() <= 0.2 for p in weights)
+    biases = [p for p in g.parameters() if p.dim() == 1]
+    for p in (*weights, *biases):
+        p.data.sub_(0.1)
+    g.clamp()
+    assert all(p.min() == 0 and p.max() > 0 for p in weights)
+    assert all(p.min() < 0 for p in biases)
 
 
-# ---------------------------------------- The upper step ----------------------------------------
+# -------- The upper step --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backbone", [convnet4, small_resnet, dropout, small_vit])
-def test_hessian_vector_products_equal_double_backward(backbone):
-    network, _, batches, _, _ = make_problem(backbone, images=4)
-    theta = {n: p for n, p in network.named_parameters() if n.startswith("trunk.")}
-    torch.manual_seed(3)
-    tangent = {n: torch.randn_like(p) for n, p in theta.items()}
-    state, statistics = torch.get_rng_state(), copy.deepcopy(dict(network.named_buffers()))
-    got = maoal.hessian_vector(lambda t: maoal.task_loss(network, batches[1], 1, t), theta, tangent)
-    assert torch.equal(state, torch.get_rng_state()), "no random number is used up"
-    assert all(torch.equal(b, statistics[n]) for n, b in network.named_buffers())
-    with sdpa_kernel(SDPBackend.MATH):
-        gradients = torch.autograd.grad(slow_loss(network, batches[1], 1, theta), list(theta.values()), create_graph=True,
-                                        materialize_grads=True)
-    along = sum((g * t).sum() for g, t in zip(gradients, tangent.values(), strict=True))
-    expected = torch.autograd.grad(along, list(theta.values()), materialize_grads=True)
-    assert flat(expected).abs().max() > 1e-3
-    assert relative_difference(flat(got.values()), flat(expected)) < 1e-9
-
-
-def published_gradient(network, modules, batches, dev, importance, lr, look_back, seed=1):
-    """Alg. 1, lines 16 to 22, as the published code has it: a graph of G, differentiated again for each term."""
-    theta = {n: p for names in modules.values() for n, p in network.named_parameters() if n in names}
-    importance = importance.clone().requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):
-        torch.manual_seed(seed)
-        v = torch.autograd.grad(slow_loss(network, dev, 0, theta), list(theta.values()), materialize_grads=True)
-        field, _ = slow_field(network, modules, batches, importance, theta, seed, create_graph=True)
-    field = [field[n] for n in theta]
+def neumann_sum(field, theta, v, lr, look_back):
+    """p, with a graph of the field that is differentiated again for each term."""
     p = v
     for _ in range(look_back):
-        product = torch.autograd.grad(field, list(theta.values()), grad_outputs=v, retain_graph=True, materialize_grads=True)
+        product = torch.autograd.grad(
+            field, theta, grad_outputs=v, retain_graph=True, materialize_grads=True
+        )
         v = [a - lr * b for a, b in zip(v, product, strict=True)]
         p = [a + b for a, b in zip(p, v, strict=True)]
+    return p
+
+
+def published_gradient(network, modules, batches, dev, importance, lr, look_back):
+    """Alg. 1, lines 16 to 22, as the published code has it."""
+    theta = parameters_in(network, modules)
+    importance = importance.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        torch.manual_seed(1)
+        loss = slow_loss(network, dev, 0, theta)
+        v = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
+        field, _ = slow_field(network, modules, batches, importance, theta, create_graph=True)
+    field = [field[n] for n in theta]
+    p = neumann_sum(field, list(theta.values()), v, lr, look_back)
     return -lr * torch.autograd.grad(field, importance, grad_outputs=p)[0]
 
 
+def make_of(backbone, classes=(3, 2), **options):
+    return lambda: make_problem(backbone, classes, **options)
+
+
+PROBLEMS = {
+    "convnet4": make_of(convnet4, images=3),
+    "ratings": make_ratings,
+    "ratings, parameter": lambda: make_ratings("parameter"),
+    "resnet, three tasks": make_problem,
+    "resnet, parameter": make_of(small_resnet, how="parameter"),
+    "resnet, model": make_of(small_resnet, how="model"),
+    "resnet, five tasks": make_of(small_resnet, (3, 2, 2, 2, 2)),
+    "dropout": make_of(dropout),
+    "vit": make_of(small_vit, images=4),
+}
+
+
 @pytest.mark.parametrize("look_back", [0, 2])
-@pytest.mark.parametrize("make", [
-    make_problem, make_ratings,
-    lambda: make_problem(small_resnet, how="parameter"), lambda: make_problem(small_resnet, how="model"),
-    lambda: make_problem(dropout), lambda: make_problem(small_vit, images=4),
-    lambda: make_problem(small_resnet, (3, *[2] * 4)),
-], ids=["convnet4", "ratings", "parameter", "model", "dropout", "vit", "resnet, five tasks"])  # fmt: skip
+@pytest.mark.parametrize("make", PROBLEMS.values(), ids=PROBLEMS)
 def test_importance_gradient_equals_the_published_way(make, look_back):
     network, modules, batches, dev, importance = make()
     before = copy.deepcopy(network.state_dict())
     expected = published_gradient(network, modules, batches, dev, importance, 0.05, look_back)
-    torch.manual_seed(1)
-    got = maoal.importance_gradient(network, batches, dev, modules, importance, lr=0.05, look_back=look_back)
+
+    def difference(importance, look_back):
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        got = maoal.importance_gradient(
+            network, batches, dev, modules, importance, lr=0.05, look_back=look_back
+        )
+        assert torch.equal(state, torch.get_rng_state()), "no random number is used up"
+        assert got.grad_fn is None and got.shape == expected.shape
+        return relative_difference(got, expected)
+
     assert (expected.abs() > 1e-12).all()
-    assert relative_difference(got, expected) < 1e-9
-    assert all(torch.equal(a, before[n]) for n, a in network.state_dict().items()), "the network is as it was"
-    wrong = maoal.importance_gradient(network, batches, dev, modules, -importance, lr=0.05, look_back=look_back + 1)
-    assert relative_difference(wrong, expected) > 1e-4, "a wrong importance or one more term is noticed"
+    assert difference(importance, look_back) < 1e-9
+    wrong = "a wrong importance or one more term is noticed"
+    assert difference(-importance, look_back + 1) > 1e-4, wrong
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), "the network is as it was"
 
 
-class Linear(nn.Module):
+def test_importance_gradient_takes_what_the_lower_step_takes():
+    """An importance with a last column, which has no part in it."""
+    network, modules, batches, dev, importance = make_problem()
+    column = torch.rand(2, 1).double()
+    a = torch.cat([importance, column], dim=1)
+    options = {"lr": 0.05, "look_back": 2}
+    got = maoal.importance_gradient(network, batches, dev, modules, a, **options)
+    expected = maoal.importance_gradient(network, batches, dev, modules, importance, **options)
+    assert torch.equal(got, expected)
+
+
+def test_frozen_parameters_take_no_part():
+    """Frozen before the modules were made, or after: the same numbers."""
+    network, whole, batches, dev, importance = make_problem()
+    for name, p in network.named_parameters():
+        if name in whole["3"] or name in whole["4"][:2]:
+            p.requires_grad_(False)
+    modules = maoal.partition_modules(network)
+    assert list(modules) == ["0", "4"]
+    rows = [list(whole).index(name) for name in modules]
+    options = {"lr": 0.05, "look_back": 2}
+    data = (network, batches, dev)
+    part = maoal.importance_gradient(*data, modules, importance[:, rows], **options)
+    found = maoal.importance_gradient(*data, whole, importance, **options)
+    assert part.abs().min() > 1e-12
+    assert relative_difference(found[:, rows], part) < 1e-12
+    assert (found[:, list(whole).index("3")] == 0).all()
+
+    for gradients in (maoal.gcs_gradients, maoal.module_weighted_gradients):
+        more = [importance] if gradients is maoal.module_weighted_gradients else []
+        less = [importance[:, rows]] if more else []
+        _, field = gradients(copy.deepcopy(network), batches, whole, *more)
+        _, expected = gradients(copy.deepcopy(network), batches, modules, *less)
+        assert field.keys() == expected.keys()
+        assert not field.keys() & set(whole["3"])
+        assert all(torch.equal(field[name], expected[name]) for name in expected)
+
+
+class LinearMap(nn.Module):
     """x W, its output (B,) the same for each task: quadratic losses."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.second = nn.Parameter(torch.randn(2).double()), nn.Parameter(torch.randn(3).double())
+        self.first = nn.Parameter(torch.randn(2).double())
+        self.second = nn.Parameter(torch.randn(3).double())
 
     def forward(self, x, task=0):
         return x @ torch.cat([self.first, self.second])
@@ -309,22 +524,29 @@ class Linear(nn.Module):
 def quadratic_problem():
     """Three quadratic losses and the theta at which the field (5) is 0."""
     torch.manual_seed(0)
-    network, a = Linear(), torch.tensor([[0.7, 1.3], [0.4, -0.1]]).double()
-    batches = [(torch.randn(20, 5).double(), torch.randn(20).double()) for _ in range(3)]
-    rows = [torch.ones(5).double(), *(torch.cat([row[:1].expand(2), row[1:].expand(3)]) for row in a)]
-    jacobian = sum(2 / 20 * row[:, None] * (x.T @ x) for row, (x, _) in zip(rows, batches, strict=True))
-    right = sum(2 / 20 * row * (x.T @ y) for row, (x, y) in zip(rows, batches, strict=True))
+    network = LinearMap()
+    a = torch.tensor([[0.7, 1.3], [0.4, -0.1]]).double()
+    batches = [Batch(torch.randn(20, 5).double(), torch.randn(20).double()) for _ in range(3)]
+    rows = [torch.ones(5).double()]
+    for row in a:
+        rows.append(torch.cat([row[:1].expand(2), row[1:].expand(3)]))
+    jacobian = 0
+    right = 0
+    for row, (x, y) in zip(rows, batches, strict=True):
+        jacobian = jacobian + 2 / 20 * row[:, None] * (x.T @ x)
+        right = right + 2 / 20 * row * (x.T @ y)
     solution = torch.linalg.solve(jacobian, right)
-    network.first.data, network.second.data = solution[:2], solution[2:]
-    return network, a, batches, jacobian, {"first": ["first"], "second": ["second"]}
+    network.first.data = solution[:2]
+    network.second.data = solution[2:]
+    dev = Batch(torch.randn(7, 5).double(), torch.randn(7).double())
+    return network, a, batches, dev, jacobian, {"first": ["first"], "second": ["second"]}
 
 
 def test_with_many_terms_it_is_the_exact_inverse():
-    network, a, batches, jacobian, modules = quadratic_problem()
-    dev = torch.randn(7, 5).double(), torch.randn(7).double()
+    network, a, batches, dev, jacobian, modules = quadratic_problem()
     got = maoal.importance_gradient(network, batches, dev, modules, a, lr=0.1, look_back=400)
     theta = torch.cat([network.first, network.second]).detach()
-    v = 2 / 7 * dev[0].T @ (dev[0] @ theta - dev[1])
+    v = 2 / 7 * dev.x.T @ (dev.x @ theta - dev.y)
     p = torch.linalg.solve(jacobian.T, v)  # lr times the Neumann series: (J^T)^-1 v
     for i, (x, y) in enumerate(batches[1:]):
         g = 2 / 20 * x.T @ (x @ theta - y)
@@ -334,431 +556,513 @@ def test_with_many_terms_it_is_the_exact_inverse():
 
 @pytest.mark.parametrize("look_back", [0, 3])
 def test_it_is_the_derivative_of_the_unrolled_objective(look_back):
-    """At the field's zero the best-response approximation is exact: M + 1 steps of (6), central differences in alpha."""
-    network, a, batches, _, modules = quadratic_problem()
-    dev = torch.randn(7, 5).double(), torch.randn(7).double()
-    got = maoal.importance_gradient(network, batches, dev, modules, a, lr=0.1, look_back=look_back)
+    """At the field's zero (9) is exact: M + 1 steps of (6), central differences in alpha."""
+    network, a, batches, dev, _, modules = quadratic_problem()
+    options = {"lr": 0.1, "look_back": look_back}
+    got = maoal.importance_gradient(network, batches, dev, modules, a, **options)
 
     def unrolled(a):
         moved = copy.deepcopy(network)
+        optimizer = torch.optim.SGD(moved.parameters(), 0.1)
         for _ in range(look_back + 1):
             _, field = maoal.module_weighted_gradients(moved, batches, modules, a)
-            for name, p in moved.named_parameters():
-                p.data -= 0.1 * field[name]
-        return float(maoal.task_loss(moved, dev, 0).detach())
+            maoal.lower_step(moved, optimizer, field)
+        return float(slow_loss(moved, dev, 0, dict(moved.named_parameters())))
 
     for i in range(2):
         for j in range(2):
             step = torch.zeros(2, 2).double()
             step[i, j] = 1e-5
-            assert abs((unrolled(a + step) - unrolled(a - step)) / 2e-5 - float(got[i, j])) < 1e-8 < abs(float(got[i, j]))
+            expected = (unrolled(a + step) - unrolled(a - step)) / 2e-5
+            assert abs(expected - float(got[i, j])) < 1e-8 < abs(float(got[i, j]))
 
 
-@pytest.mark.parametrize("make", [lambda: make_problem(small_resnet), make_ratings], ids=["images", "ratings"])
+@pytest.mark.parametrize("make", [make_problem, make_ratings])
 def test_auxls_gradient_equals_double_backward(make):
     network, modules, batches, dev, _ = make()
-    g = maoal.build_learned(arguments("auxl"), len(batches) - 1, 1).double()
-    theta = {n: p for names in modules.values() for n, p in network.named_parameters() if n in names}
+    g = maoal.Combination(len(batches)).double()
+    theta = parameters_in(network, modules)
     losses = torch.stack([slow_loss(network, b, i, theta) for i, b in enumerate(batches)])
-    total = losses[0] + g(losses)[0]
-    field = torch.autograd.grad(total, list(theta.values()), create_graph=True, materialize_grads=True)
-    v = p = torch.autograd.grad(slow_loss(network, dev, 0, theta), list(theta.values()), materialize_grads=True)
-    for _ in range(3):
-        product = torch.autograd.grad(field, list(theta.values()), grad_outputs=v, retain_graph=True, materialize_grads=True)
-        v = [a - 0.01 * b for a, b in zip(v, product, strict=True)]
-        p = [a + b for a, b in zip(p, v, strict=True)]
-    expected = [-t for t in torch.autograd.grad(field, list(g.parameters()), grad_outputs=p, materialize_grads=True)]
-    got = maoal.combination_gradient(network, batches, dev, modules, g, lr=0.01, look_back=3)
-    assert flat(expected).abs().max() > 1e-6
-    assert relative_difference(flat(got), flat(expected)) < 1e-9
-    other = maoal.combination_gradient(network, batches, dev, modules, g, lr=0.02, look_back=3)
-    assert relative_difference(flat(other), flat(expected)) > 1e-6
+    total = losses[0] + g(losses)
+    values = list(theta.values())
+    field = torch.autograd.grad(total, values, create_graph=True, materialize_grads=True)
+    v = torch.autograd.grad(slow_loss(network, dev, 0, theta), values, materialize_grads=True)
+    p = neumann_sum(field, values, v, 0.01, 3)
+    expected = torch.autograd.grad(
+        field, list(g.parameters()), grad_outputs=p, materialize_grads=True
+    )
+    expected = -flat(expected)
+
+    def difference(lr):
+        got = maoal.combination_gradient(network, batches, dev, modules, g, lr=lr, look_back=3)
+        return relative_difference(flat(got), expected)
+
+    assert expected.abs().max() > 1e-6
+    assert difference(0.01) < 1e-9
+    assert difference(0.02) > 1e-6
 
 
-def test_upper_step_goes_through_relu_scale_and_clip():
-    network, modules, batches, dev, importance = make_problem(small_resnet)
-    alpha = importance.clone()
-    args = arguments("maoal", "--preset", "published-code", "--clip", "1e-3", "--upper-optimizer", "sgd", "--upper-lr", "1",
-                     "--upper-weight-decay", "0")
-    learned = nn.ParameterDict({"weight": alpha.clone()})
-    optimizer = torch.optim.SGD(learned.parameters(), 1.0)
-    gradient = maoal.importance_gradient(network, batches, dev, modules, alpha.relu() / 2, lr=1.0) * (alpha > 0) / 2
-    norm = maoal.upper_step(args, network, learned, optimizer, batches, dev, modules, 0.05)
+def test_importance_step_goes_through_relu_scale_and_clip():
+    network, modules, batches, dev, alpha = make_problem()
+    importance = maoal.Importance(2, len(modules), relu=True, mean=True).double()
+    importance.weight.data.copy_(alpha)
+    optimizer = torch.optim.SGD(importance.parameters(), 1.0)
+    a = alpha.relu() / 2
+    gradient = maoal.importance_gradient(network, batches, dev, modules, a, lr=1.0, look_back=2)
+    gradient = gradient * (alpha > 0) / 2
+    options = {"lr": 1.0, "look_back": 2, "clip": 1e-3}
+    norm = maoal.importance_step(network, importance, optimizer, batches, dev, modules, **options)
     assert abs(float(norm / gradient.norm()) - 1) < 1e-9
-    assert relative_difference(alpha - learned["weight"].detach(), gradient * 1e-3 / gradient.norm()) < 1e-4
-    assert torch.equal(alpha[alpha < 0], learned["weight"].detach()[alpha < 0]), "an entry that is off stays off"
+    moved = alpha - importance.weight.detach()
+    assert relative_difference(moved, gradient * 1e-3 / gradient.norm()) < 1e-4
+    off = alpha < 0
+    assert off.any() and (moved[off] == 0).all(), "an entry that is off stays off"
 
 
-# ---------------------------------------- The claim ----------------------------------------
+def test_combination_step_clips_and_clamps():
+    network, modules, batches, dev, _ = make_problem()
+    g = maoal.Combination(3).double()
+    before = flat(p.detach() for p in g.parameters())
+    optimizer = torch.optim.SGD(g.parameters(), 1.0)
+    options = {"lr": 0.01, "look_back": 2}
+    data = (batches, dev, modules)
+    gradient = flat(maoal.combination_gradient(network, *data, g, **options))
+    norm = maoal.combination_step(network, g, optimizer, *data, **options, clip=10.0)
+    assert abs(float(norm / gradient.norm()) - 1) < 1e-9
+    after = flat(p.detach() for p in g.parameters())
+    is_weight = flat(torch.full_like(p, p.dim() == 2) for p in g.parameters()).bool()
+    expected = before - gradient * min(1.0, 10 / float(norm))
+    expected = torch.where(is_weight, expected.clamp(min=0), expected)
+    assert relative_difference(after, expected) < 1e-6
+    assert not torch.equal(after, before)
+
+
+# -------- The claim -------------------------------------------------------------------------------
 
 
 class SharedOutput(nn.Module):
-    """Three layers and one output for all tasks, so that no head of its own can make peace with a harmful loss."""
+    """Three layers and one output for all tasks: no head can make peace with a harmful loss."""
 
     def __init__(self, out: int):
         super().__init__()
-        self.one, self.two, self.three = (nn.Linear(a, b, dtype=torch.float64) for a, b in ((6, 16), (16, 16), (16, out)))
+        self.one = nn.Linear(6, 16, dtype=torch.float64)
+        self.two = nn.Linear(16, 16, dtype=torch.float64)
+        self.three = nn.Linear(16, out, dtype=torch.float64)
 
     def forward(self, x, task=0):
         output = self.three(torch.tanh(self.two(torch.tanh(self.one(x)))))
         return output[:, 0] if output.shape[1] == 1 else output
 
 
-def test_the_claim_the_gradients_sign_is_right_in_every_module_and_seed():
-    """With f = f(x; theta) now and squared errors, the targets y and 2 f - y give opposite gradients in every module; D_dev
-    has the targets y. So <grad_j L_0(dev), grad_j L_i> is +||grad_j L_0(dev)||^2 for one and minus that for the other."""
-    for seed in range(5):
-        torch.manual_seed(seed)
-        network, x, y = SharedOutput(1), torch.randn(40, 6).double(), torch.randn(40).double()
-        modules = maoal.partition_modules(network)
-        assert list(modules) == ["one", "two", "three"]
-        harmful = 2 * network(x).detach() - y
-        batches = [(torch.randn(40, 6).double(), torch.randn(40).double()), (x, y), (x, harmful)]
-        gradient = maoal.importance_gradient(network, batches, (x, y), modules, torch.ones(2, 3).double(), lr=0.01)
-        assert (gradient[0] < 0).all() and (gradient[1] > 0).all(), "more of the helpful loss, less of the harmful one"
+@pytest.mark.parametrize("seed", range(5))
+def test_the_claim_the_gradients_sign_is_right_in_every_module_and_seed(seed):
+    """With f = f(x; theta) now, the targets y and 2 f - y give opposite gradients.
+
+    D_dev has the targets y, the losses are squared errors. So <grad_j L_0(dev), grad_j L_i> is
+    +||grad_j L_0(dev)||^2 for the one and minus that for the other.
+    """
+    torch.manual_seed(seed)
+    network = SharedOutput(1)
+    x = torch.randn(40, 6).double()
+    y = torch.randn(40).double()
+    modules = maoal.partition_modules(network)
+    assert list(modules) == ["one", "two", "three"]
+    harmful = 2 * network(x).detach() - y
+    other = Batch(torch.randn(40, 6).double(), torch.randn(40).double())
+    batches = [other, Batch(x, y), Batch(x, harmful)]
+    ones = torch.ones(2, 3).double()
+    gradient = maoal.importance_gradient(network, batches, Batch(x, y), modules, ones, lr=0.01)
+    more = "more of the helpful loss, less of the harmful one"
+    assert (gradient[0] < 0).all() and (gradient[1] > 0).all(), more
 
 
-def train_with_a_helpful_and_a_harmful_loss(seed: int, *flags) -> torch.Tensor:
-    """30 loops of maoal.py's steps: 40 samples with 30 % wrong labels as the primary data, 200 with the right labels as the
-    helpful loss, the same 200 with every label wrong as the harmful one, 60 right ones as D_dev. Returns a, (2, 3)."""
-    args = arguments("maoal", "--upper-lr", "0.05", "--look-back", "1", *flags)
+def train_with_a_helpful_and_a_harmful_loss(seed: int, relu: bool) -> torch.Tensor:
+    """30 loops of maoal.py's steps; returns a, (2, 3).
+
+    40 samples with 30 % wrong labels are the primary data, 200 with the right labels the helpful
+    loss, the same 200 with every label wrong the harmful one, 60 right ones are D_dev.
+    """
     torch.manual_seed(seed)
     teacher = torch.randn(6).double()
     x = torch.randn(300, 6).double()
     y = (x @ teacher > 0).long()
     flipped = torch.where(torch.rand(40) < 0.3, 1 - y[:40], y[:40])
-    network, alpha = SharedOutput(2), nn.ParameterDict({"weight": torch.ones(2, 3).double()})
+    network = SharedOutput(2)
+    importance = maoal.Importance(2, 3, relu=relu).double()
     modules = maoal.partition_modules(network)
-    optimizer, upper = torch.optim.SGD(network.parameters(), lr=0.1), torch.optim.Adam(alpha.parameters(), args.upper_lr)
-    batches = [(x[:40], flipped), (x[40:240], y[40:240]), (x[40:240], 1 - y[40:240])]
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    upper_optimizer = torch.optim.Adam(importance.parameters(), 0.05)
+    auxiliary = x[40:240]
+    batches = [
+        Batch(x[:40], flipped),
+        Batch(auxiliary, y[40:240]),
+        Batch(auxiliary, 1 - y[40:240]),
+    ]
+    dev = Batch(x[240:], y[240:])
     for _ in range(30):
         for _ in range(3):
-            maoal.lower_step(network, optimizer, batches, lambda n, b: maoal.lower_gradients(args, n, b, modules, alpha))
-        maoal.upper_step(args, network, alpha, upper, batches, (x[240:], y[240:]), modules, 0.1)
-    return maoal.effective_importance(args, alpha["weight"].detach())
+            a = importance().detach()
+            _, field = maoal.module_weighted_gradients(network, batches, modules, a)
+            maoal.lower_step(network, optimizer, field)
+        maoal.importance_step(
+            network, importance, upper_optimizer, batches, dev, modules, lr=0.1, look_back=1
+        )
+    return importance().detach()[:, :-1]
 
 
 def test_the_claim_harmful_losses_end_below_helpful_ones():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # operations this small only wait for each other on two
-    try:
-        raw = torch.stack([train_with_a_helpful_and_a_harmful_loss(seed) for seed in range(5)])
-        relu = torch.stack([train_with_a_helpful_and_a_harmful_loss(seed, "--relu-importance") for seed in range(5)])
-    finally:
-        torch.set_num_threads(before)
+    raw = torch.stack([train_with_a_helpful_and_a_harmful_loss(seed, False) for seed in range(5)])
+    relu = torch.stack([train_with_a_helpful_and_a_harmful_loss(seed, True) for seed in range(5)])
     print("raw, mean over seeds: helpful, harmful", raw.mean(0), "ReLU", relu.mean(0), sep="\n")
-    assert (raw.mean(0)[1] < raw.mean(0)[0]).all() and (relu.mean(0)[1] < relu.mean(0)[0]).all()
+    assert (raw.mean(0)[1] < raw.mean(0)[0]).all()
+    assert (relu.mean(0)[1] < relu.mean(0)[0]).all()
     assert (relu[:, 1] <= 0.1).all(), "the published ReLU switches a harmful loss off"
     assert (raw[:, 1] < 0).any(), "raw importances go negative"
 
 
-# ---------------------------------------- Data ----------------------------------------
-
-
-def write_movielens(root: Path, stamps: bool = True, users: int = 12, movies: int = 9) -> list[tuple[int, int, int]]:
-    """Files as ml-1m's, ids with gaps, a title with a letter outside ASCII; the ratings (user, movie, rating) they hold."""
-    folder = root / "ml-1m"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [(3 * u + 1, 5 * m + 2, 1 + (u * 7 + m * 3) % 5) for u in range(users) for m in range(movies)]
-    end = "::978300760" if stamps else ""
-    (folder / "ratings.dat").write_text("".join(f"{u}::{m}::{r}{end}\n" for u, m, r in rows))
-    lines = [f"{3 * u + 1}::{'FM'[u % 2]}::{(1, 18, 25)[u % 3]}::{(u * 5) % 4}::0{u}\n" for u in reversed(range(users))]
-    (folder / "users.dat").write_text("".join(lines))
-    genres = ["Comedy|Drama", "Drama", "Action"]
-    lines = [f"{5 * m + 2}::Film \xe9 {m} (1999)::{genres[m % 3]}\n" for m in range(movies)]
-    (folder / "movies.dat").write_text("".join(lines), encoding="latin-1")
-    return rows
-
-
-@pytest.mark.parametrize("stamps", [True, False])
-@pytest.mark.parametrize("keep", [True, False])
-def test_movielens_is_tensorised_as_published(tmp_path, stamps, keep):
-    rows = [row for row in write_movielens(tmp_path, stamps) if keep or row[2] != 3]
-    ratings, sizes = maoal.load_movielens(tmp_path, keep)
-    assert sizes == [9, 3, 12, 2, 3, 4] and ratings.labels.tolist() == [r for _, _, r in rows]
-    assert all(int(ratings.images[:, f].min()) >= 0 and int(ratings.images[:, f].max()) < n for f, n in enumerate(sizes))
-    for (user, movie, _), x in zip(rows, ratings.images.tolist(), strict=True):
-        u, m = (user - 1) // 3, (movie - 2) // 5
-        assert x[1] == (1, 2, 0)[m % 3], "the first genre only: Action 0, Comedy 1, Drama 2"
-        assert x[3:5] == ["FM".index("FM"[u % 2]), sorted(("1", "18", "25")).index(("1", "18", "25")[u % 3])]
-    for column, key in ((0, 1), (2, 0)):  # the same movie or user gets the same number, another one another
-        pairs = {(row[key], x[column]) for row, x in zip(rows, ratings.images.tolist(), strict=True)}
-        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
-
-
-def test_ratings_are_split_as_paper_and_code_have_it(tmp_path):
-    write_movielens(tmp_path)
-    ratings, _ = maoal.load_movielens(tmp_path, True)
-    ratings.images[:, 0] = torch.arange(108)  # each rating can be told apart
-    sizes = {}
-    for preset, method in (("paper", "maoal"), ("published-code", "maoal"), ("paper", "single")):
-        flags = ["--dataset", "movielens-1m", "--method", method, "--dev-size", "8"] if method == "maoal" else [
-            "--dataset", "movielens-1m", "--method", method]
-        args = maoal.parse_args([*flags, "--batch-size", "16", *(["--preset", preset] if method == "maoal" else [])])
-        args.dev_size = 8
-        train, dev, val, test = maoal.split_ratings(args, ratings, torch.Generator().manual_seed(0))
-        parts = [part.images[:, 0].tolist() for part in (train, dev, val, test) if part is not None]
-        assert sorted(i for part in parts for i in part) == list(range(108)), "each rating in one part"
-        sizes[preset, method] = [len(part or []) for part in (train, dev, val, test)]
-        if preset == "published-code":
-            assert len(set(dev.images[:, 2].tolist())) == 8, "one rating of each user"
-    assert sizes["paper", "maoal"] == [87, 8, 3, 10] and sizes["published-code", "maoal"] == [79, 8, 11, 10]
-    assert sizes["paper", "single"] == [95, 0, 3, 10], "a method without D_dev trains on it"
-
-
-def test_movielens_says_what_is_wrong(tmp_path, capsys, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(maoal.torchvision.datasets.utils, "download_and_extract_archive", no_network)
-    root = tmp_path / "data"
-    flags = ["--dataset", "movielens-1m", "--data-root", str(root), "--out-dir", str(tmp_path / "runs"), "--device", "cpu"]
-    assert "ratings.dat, users.dat and movies.dat" in refused(capsys, *flags) and not (tmp_path / "runs").exists()
-    write_movielens(root)
-    assert "too few" in refused(capsys, *flags)
-    with (root / "ml-1m" / "ratings.dat").open("a") as file:
-        file.write("999::2::5::1\n")
-    assert "ratings.dat" in refused(capsys, *flags)
-
-
-def refused(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        maoal.main([str(a) for a in arguments])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1, error
-    return error
-
-
-@pytest.mark.parametrize("method", ["maoal", "equal", "uncertainty", "gcs", "auxl", "single"])
-def test_ratings_train_with_every_method(tmp_path, method):
-    write_movielens(tmp_path)
-    dev = ["--dev-size", "4"] if method in ("maoal", "auxl") else []
-    flags = ["--dataset", "movielens-1m", "--data-root", str(tmp_path), "--keep-threes", "--batch-size", "16", "--epochs", "3"]
-    flags += dev
-    args = maoal.parse_args(flags)
-    if not dev:  # its usual 512 would be the whole validation part
-        write_movielens(tmp_path / "more", users=40, movies=140)
-        flags[3], flags[6] = str(tmp_path / "more"), "128"
-    summary = maoal.main([*flags, "--method", method, "--device", "cpu", "--out-dir", str(tmp_path / "runs")])
-    history = [json.loads(line) for line in (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()]
-    assert summary["best_test_rmse"] == min(line["test_rmse"] for line in history)
-    assert summary["best_val_rmse"] == min(line["val_rmse"] for line in history) and history[-1]["loss"] < history[0]["loss"]
-    assert args.optimizer == "adam" and args.lr == 1e-3
-
-
-def test_rating_batches_are_shuffled_whole_and_the_last_is_kept_for_testing():
-    split = Split(torch.arange(10)[:, None].expand(10, 6), torch.arange(10).float())
-    shell = ImageSet("movielens-1m", [], split, split)
-    options = {"image_set": shell, "device": torch.device("cpu"), "batch_size": 4}
-    test = list(maoal.rating_loader(split, train=False, **options))
-    assert [len(y) for _, y, _ in test] == [4, 4, 2] and torch.equal(torch.cat([x for x, _, _ in test]), split.images.float())
-    train = list(maoal.rating_loader(split, train=True, generator=torch.Generator().manual_seed(0), **options))
-    assert [len(y) for _, y, _ in train] == [4, 4] and all(torch.equal(x[:, 0], y) for x, y, _ in train)
-
-
-def test_people_is_eleven_tasks_of_five_classes(tmp_path):
-    from test_common import COARSE_OF_FINE, write_cifar100
-
-    write_cifar100(tmp_path, per_class=10)
-    args = maoal.parse_args(["--data-root", str(tmp_path)])
-    image_set, trains, classes, tasks = maoal.load_images(args)
-    assert classes == [5] * 11 and tasks == [f"coarse{c}" for c in range(10)] and len(trains) == 11
-    assert all(len(split) == 50 and split.labels.bincount().tolist() == [10] * 5 for split in trains)
-    fine = [f for f in range(100) if COARSE_OF_FINE[f] == 14]
-    whole = maoal.load_image_set("cifar100-20", tmp_path).test
-    for label, f in enumerate(fine):  # numbered in the order of the fine classes
-        assert torch.equal(image_set.test.images[image_set.test.labels == label], whole.images[whole.auxiliary == f])
-
-
-def test_cub_takes_the_surest_wing_colour_and_bill_shape(tmp_path):
-    from test_common import write_cub
-
-    write_cub(tmp_path)
-    image_set, (train,), classes, tasks = maoal.load_images(maoal.parse_args(["--dataset", "cub200", "--no-pretrained",
-                                                                             "--data-root", str(tmp_path)]))
-    assert classes == [2, 15, 9] and tasks == ["wing colour", "bill shape"]
-    present, certainty = maoal.load_cub200_attributes(tmp_path)
-    for n in range(len(image_set.train)):
-        for k, numbers in enumerate((range(10, 25), range(1, 10))):  # attribute ids of the data set, from 1
-            sure = {a - numbers[0]: int(certainty[n, a - 1]) for a in numbers if present[n, a - 1]}
-            label = int(train.auxiliary[n, k])
-            assert label == -1 if not sure else sure[label] == max(sure.values())
-
-
-def test_rotated_images_and_their_labels():
-    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
-    args = maoal.parse_args(["--dataset", "cifar10"])
-    loader = [(images.float(), torch.zeros(40, dtype=torch.long), torch.arange(40))]
-    batches = maoal.endless_batches(args, [loader], None)
-    for _ in range(2):  # the loader is begun again
-        (x, _), (turned, turns) = next(batches)
-        assert set(turns.tolist()) == {0, 1, 2, 3}
-        for image, other, k in zip(x, turned, turns.tolist(), strict=True):
-            for _ in range(k):  # by hand: a quarter turn sends row r, column c to row S - 1 - c, column r
-                image = torch.stack([image[:, :, image.shape[2] - 1 - r] for r in range(image.shape[2])], dim=1)
-            assert torch.equal(image, other)
+# -------- Data ------------------------------------------------------------------------------------
 
 
 def test_development_validation_and_unlabelled_images():
-    args = maoal.parse_args(["--dataset", "synthetic", "--label-fraction", "0.2", "--dev-size", "40"])
-    _, (train,), dev, val, _, _ = maoal.load_data(args)
-    assert [len(train), len(dev), len(val)] == [860, 40, 100]
-    assert abs(int((train.labels >= 0).sum()) - 172) <= 4 and (train.auxiliary >= 0).all() and (dev.labels >= 0).all()
-    seen = {image.numpy().tobytes() for part in (train, dev, val) for image in part.images}
+    flags = ["--label-fraction", "0.2", "--dev-size", "40"]
+    args = arguments("maoal", *flags)
+    args.seed = 0
+    data = maoal.load_data(args)
+    (train,) = data.trains
+    assert [len(train), len(data.dev), len(data.val)] == [860, 40, 100]
+    assert abs(int((train.labels >= 0).sum()) - 172) <= 4
+    assert (data.auxiliary >= 0).all() and (data.dev.labels >= 0).all()
+    seen = set()
+    for part in (train, data.dev, data.val):
+        seen |= {image.numpy().tobytes() for image in part.images}
     assert len(seen) == 1000, "no image is in two of them"
-    _, (train,), dev, _, _, _ = maoal.load_data(maoal.parse_args(["--dataset", "synthetic", "--method", "equal"]))
-    assert len(train) == 900 and dev is None, "methods without D_dev train on it"
 
 
-# ---------------------------------------- The command line's own features ----------------------------------------
-
-TINY = ["--dataset", "synthetic", "--backbone", "tests/nets.py:mlp", "--device", "cpu", "--max-steps", "4", "--lower-steps", "2"]
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Runs maoal.py with a few more flags; returns its folder and its metrics."""
-    monkeypatch.chdir(Path(maoal.__file__).parent)
-
-    def runner(*flags, name="run"):
-        folder = Path(maoal.main([*TINY, "--out-dir", str(tmp_path / name), *map(str, flags)])["folder"])
-        return folder, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-    return runner
+def test_tasks_of_people(tmp_path):
+    write_cifar100(tmp_path, per_class=10)
+    args = maoal.parse_args(["--data-root", str(tmp_path)])
+    _, trains, tasks, classes = maoal.load_images(args)
+    assert classes == [5] * 11 and len(trains) == 11
+    assert tasks == [f"coarse{c}" for c in range(10)]
 
 
-@pytest.mark.parametrize("flags", [
-    ["--method", "equal"], ["--method", "gcs"], ["--method", "uncertainty"], ["--method", "single"], ["--method", "auxl"],
-    ["--preset", "published-code"], ["--partition", "parameter"], ["--partition", "model"], ["--lower-steps", 4],
-    ["--look-back", 1], ["--hypergrad-lr", 1], ["--clip", 1e-6], ["--upper-optimizer", "sgd"],
-    ["--upper-optimizer", "momentum"],
-    ["--upper-lr", 0.1], ["--upper-weight-decay", 0.1], ["--dev-size", 20], ["--label-fraction", 0.5], ["--train-fraction", 0.5],
-    ["--batch-size", 20],
-    ["--optimizer", "adam", "--lr", 1e-3], ["--optimizer", "adamw", "--lr", 1e-3], ["--lr", 0.01],
-    ["--momentum", 0], ["--weight-decay", 0], ["--seed", 1], ["--workers", 0],
-], ids=lambda flags: " ".join(map(str, flags)))  # fmt: skip
-def test_every_flag_changes_what_it_says(run, flags):
-    _, plain = run(name="plain")
-    _, metrics = run(*flags)
-    assert math.isfinite(metrics[-1]["loss"])
-    same = all(metrics[-1].get(k) == plain[-1].get(k) for k in ("loss", "importance"))
-    assert same == (flags[0] == "--workers"), (metrics, plain)
+def test_tasks_of_cub(tmp_path):
+    write_cub(tmp_path)
+    flags = ["--dataset", "cub200", "--no-pretrained", "--data-root", str(tmp_path)]
+    image_set, (train,), tasks, classes = maoal.load_images(maoal.parse_args(flags))
+    assert classes == [2, 15, 9] and tasks == ["wing colour", "bill shape"]
+    expected = maoal.load_cub200_parts(tmp_path)[: len(image_set.train)]
+    assert torch.equal(train.auxiliary, expected)
 
 
-def test_upper_steps_come_after_every_t_lower_ones_with_the_current_rate(run, monkeypatch):
-    order, lower, upper, gradient = [], maoal.lower_step, maoal.upper_step, maoal.importance_gradient
-    monkeypatch.setattr(maoal, "lower_step", lambda *a: (order.append("l"), lower(*a))[1])
-    monkeypatch.setattr(maoal, "upper_step", lambda *a: (order.append("u"), upper(*a))[1])
+def test_batches_of_all_tasks():
+    """Each kind of auxiliary task, on a loader of two batches that is begun again."""
+    x = torch.randint(256, (4, 3, 32, 32)).float()
+    index = torch.tensor([3, 1, 0, 2])
+    loader = [(x, torch.arange(4), index), (x + 1, torch.arange(4), index)]
+    auxiliary = torch.arange(8).view(4, 2)
+
+    def first(method, dataset, loaders, auxiliary=None):
+        args = maoal.parse_args(["--dataset", dataset, "--method", method])
+        stream = maoal.endless_batches(args, loaders, auxiliary)
+        steps = [next(stream) for _ in range(3)]
+        assert torch.equal(steps[0][0].x, x) and torch.equal(steps[2][0].x, x)
+        assert torch.equal(steps[1][0].x, x + 1)
+        return steps[0]
+
+    assert len(first("single", "cifar10", [loader])) == 1
+    assert first("maoal", "movielens-1m", [loader])[1] == SquaredNorm(1e-3)
+    _, one, two = first("maoal", "cub200", [loader], auxiliary)
+    assert one.y.tolist() == [6, 2, 0, 4] and two.y.tolist() == [7, 3, 1, 5]
+    _, own = first("maoal", "cifar100-people", [loader, [(-x, torch.ones(4), index)]])
+    assert torch.equal(own.x, -x) and torch.equal(own.y, torch.ones(4))
+    _, rotated = first("maoal", "cifar10", [loader])
+    for image, turned, turns in zip(x, rotated.x, rotated.y.tolist(), strict=True):
+        assert torch.equal(image.rot90(turns, (1, 2)), turned)
+
+
+@pytest.fixture(scope="module")
+def movielens(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    write_movielens(root, users=20, movies=40)
+    return root
+
+
+@pytest.mark.parametrize("method", maoal.METHODS)
+def test_ratings_train_with_every_method(tmp_path, movielens, method):
+    flags = ["--dataset", "movielens-1m", "--data-root", movielens, "--keep-threes"]
+    flags += ["--dev-size", 16, "--batch-size", 64, "--epochs", 3]
+    flags += ["--lower-steps", 5, "--method", method, "--device", "cpu", "--out-dir", tmp_path]
+    summary = maoal.main([str(flag) for flag in flags])
+    history = metrics_of(summary)
+    assert summary["best_test_rmse"] == min(line["test_rmse"] for line in history)
+    assert summary["best_val_rmse"] == min(line["val_rmse"] for line in history)
+    assert history[-1]["loss"] < history[0]["loss"]
+    if method == "maoal":
+        assert list(history[-1]["importance"]) == ["L2"]
+
+
+def test_too_few_ratings_are_one_line(tmp_path, movielens, capsys):
+    flags = ["--dataset", "movielens-1m", "--data-root", movielens, "--out-dir", tmp_path / "runs"]
+    assert "too few for a D_dev of 512" in refuses(maoal, capsys, *flags)
+    error = refuses(maoal, capsys, *flags, "--dev-size", 16, "--batch-size", 5000)
+    assert "not a batch of 5000" in error
+    assert not (tmp_path / "runs").exists()
+
+
+# -------- Runs ------------------------------------------------------------------------------------
+
+TINY = ["--dataset", "synthetic", "--backbone", str(ROOT / "tests/nets.py:mlp"), "--device", "cpu"]
+TINY += ["--max-steps", "4", "--lower-steps", "2"]
+
+
+def run(out_dir, *flags) -> dict:
+    return maoal.main([*TINY, "--out-dir", str(out_dir), *map(str, flags)])
+
+
+def metrics_of(summary) -> list[dict]:
+    lines = (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict:
+    """The last metrics of a tiny run without further flags."""
+    return metrics_of(run(tmp_path_factory.mktemp("plain")))[-1]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method equal",
+        "--method gcs",
+        "--method uncertainty",
+        "--method single",
+        "--method auxl",
+        "--preset published-code",
+        "--partition parameter",
+        "--lower-steps 4",
+        "--look-back 1",
+        "--hypergrad-lr 1",
+        "--clip 1e-6 --upper-optimizer sgd",
+        "--upper-optimizer sgd",
+        "--upper-optimizer momentum",
+        "--upper-lr 0.1",
+        "--upper-weight-decay 0.1",
+        "--dev-size 20",
+        "--label-fraction 0.5",
+        "--train-fraction 0.5",
+        "--batch-size 20",
+        "--optimizer adam --lr 1e-3",
+        "--optimizer adamw --lr 1e-3",
+        "--lr 0.01",
+        "--momentum 0",
+        "--weight-decay 0",
+        "--seed 1",
+        "--workers 0",
+    ],
+)
+def test_every_flag_changes_what_it_says(tmp_path, plain, flags):
+    last = metrics_of(run(tmp_path, *flags.split()))[-1]
+    assert math.isfinite(last["loss"])
+    same = all(last.get(key) == plain.get(key) for key in ("loss", "importance"))
+    assert same == (flags == "--workers 0"), (last, plain)
+
+
+def test_partitions_of_a_run(tmp_path):
+    """mlp has one block, so block and model are the same there."""
+    flags = ["--backbone", "convnet4", "--batch-size", 8, "--max-steps", 1]
+    for how, number in (("block", 4), ("model", 1), ("parameter", 20)):
+        (row,) = metrics_of(run(tmp_path / how, *flags, "--partition", how))[-1][
+            "importance"
+        ].values()
+        assert len(row) == number
+
+
+def test_upper_steps_come_after_every_t_lower_ones_with_the_current_rate(tmp_path, monkeypatch):
+    order = []
     rates = []
-    monkeypatch.setattr(maoal, "importance_gradient", lambda *a, lr, **k: (rates.append(lr), gradient(*a, lr=lr, **k))[1])
-    _, metrics = run("--epochs", 3, "--lower-steps", 3)
+
+    def watch(name, letter):
+        step = getattr(maoal, name)
+
+        def watched(*args, **options):
+            order.append(letter)
+            if "lr" in options:
+                rates.append(options["lr"])
+            return step(*args, **options)
+
+        monkeypatch.setattr(maoal, name, watched)
+
+    watch("lower_step", "l")
+    watch("importance_step", "u")
+    history = metrics_of(run(tmp_path / "current", "--epochs", 3, "--lower-steps", 3))
     assert "".join(order) == "lllulllulllulllu", "the counter spans epochs of four steps"
-    cosine = [0.05 * (1 + math.cos(math.pi * e / 3)) for e in range(3)]
-    assert [round(line["lr"], 9) for line in metrics] == [round(rate, 9) for rate in cosine]
-    assert [round(rate, 9) for rate in rates] == [round(cosine[e], 9) for e in (0, 1, 2, 2)]
-    run("--hypergrad-lr", 0.5, name="fixed")
+    cosine = [0.05 * (1 + math.cos(math.pi * epoch / 3)) for epoch in range(3)]
+    assert [line["lr"] for line in history] == pytest.approx(cosine)
+    assert rates == pytest.approx([cosine[epoch] for epoch in (0, 1, 2, 2)])
+    run(tmp_path / "fixed", "--hypergrad-lr", 0.5)
     assert rates[-1] == 0.5
 
 
-def test_the_best_model_is_chosen_by_validation_every_few_loops(run, monkeypatch):
-    """Scores made up: the best is the second validation, after the second loop of the first epoch."""
-    scores, kept, original = iter([10.0, 50.0, 30.0, 1.0, 40.0, 50.0, 2.0, 3.0, 33.0]), [], maoal.evaluate
+def test_the_best_model_is_chosen_by_validation_every_few_loops(tmp_path, monkeypatch):
+    """Scores made up: the best is the second validation, after the second loop of an epoch."""
+    scores = iter([10.0, 50.0, 30.0, 1.0, 40.0, 50.0, 2.0, 3.0, 33.0])
+    original_evaluate = maoal.evaluate
+    original_keep = maoal.keep_best
+    kept = []
+    wanted = []
 
     def evaluate(network, loader):
-        original(network, loader)
+        original_evaluate(network, loader)
         return torch.tensor(next(scores))
 
-    def keep_best(best, network, performance, epoch):
+    def keep_best(best, performance, network, epoch, metric):
         kept.append((float(performance), epoch))
-        if performance == 50 and len(kept) == 2:
+        if len(kept) == 2:
             wanted.append(copy.deepcopy(network.state_dict()))
-        keep(best, network, performance, epoch)
+        original_keep(best, performance, network, epoch, metric)
 
-    wanted, keep = [], maoal.keep_best
     monkeypatch.setattr(maoal, "evaluate", evaluate)
     monkeypatch.setattr(maoal, "keep_best", keep_best)
-    folder, _ = run("--interval", 1, "--max-steps", 4, "--epochs", 2)
+    summary = run(tmp_path, "--interval", 1, "--epochs", 2)
     assert kept == [(10, 1), (50, 1), (30, 1), (40, 2), (50, 2), (2, 2)]
-    state = torch.load(folder / "last.pt", weights_only=True)["best"]
+    state = torch.load(Path(summary["folder"]) / "last.pt", weights_only=True)["best"]
     assert state["record"].tolist() == [50, 1], "a tie keeps the earlier one"
     assert all(torch.equal(value, state[name]) for name, value in wanted[0].items())
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["best_val_accuracy"] == 50 and summary["best_validation_epoch"] == 1
+    assert summary["best_val_accuracy"] == 50
+    assert summary["best_validation_epoch"] == 1
     assert summary["test_accuracy_of_best_validation"] == 33
+    written = json.loads((Path(summary["folder"]) / "summary.json").read_text())
+    assert written == summary
 
 
-def test_seeds_are_summed_up_for_the_model_that_validation_chose(tmp_path, monkeypatch):
-    monkeypatch.chdir(Path(maoal.__file__).parent)
-    summary = maoal.main([*TINY, "--method", "single", "--out-dir", str(tmp_path), "--seeds", "0", "1"])
-    values = [run["test_accuracy_of_best_validation"] for run in summary["runs"]]
-    assert summary["test_accuracy_of_best_validation"] == sum(values) / 2 and len(summary["runs"]) == 2
+def test_of_ratings_the_lowest_error_is_the_best():
+    network = nn.Linear(1, 1)
+    best = copy.deepcopy(network)
+    best.register_buffer("record", torch.tensor([-math.inf, 0.0]))
+    for epoch, rmse in enumerate((3.0, 1.0, 2.0)):
+        network.weight.data.fill_(rmse)
+        maoal.keep_best(best, torch.tensor(rmse), network, epoch, "rmse")
+    assert float(best.weight) == 1.0
+    assert best.record.tolist() == [-1.0, 1.0]
 
 
-def test_the_importance_is_printed_logged_and_drawn(run, capsys):
-    folder, metrics = run("--epochs", 2)
+def test_evaluate_in_eval_mode_over_unequal_batches():
+    torch.manual_seed(0)
+    network = maoal.PrimaryNetwork(mlp(), [3])
+    parts = [torch.randn(n, 3, 32, 32) for n in (5, 2)]
+    labels = [torch.arange(5) % 3, torch.arange(2)]
+    loader = [(x, y, None) for x, y in zip(parts, labels, strict=True)]
+    found = maoal.evaluate(network, loader)
+    assert network.training
+    network.eval()
+    hits = sum(int((network(x).argmax(1) == y).sum()) for x, y, _ in loader)
+    assert 0 < hits < 7
+    assert float(found) == pytest.approx(100 * hits / 7)
+
+    ratings = maoal.AutoInt([3, 2])
+    parts = [torch.randint(2, (n, 2)) for n in (5, 2)]
+    loader = [(x, torch.ones(len(x)), None) for x in parts]
+    squares = (ratings(torch.cat(parts)) - 1).square()
+    assert float(maoal.evaluate(ratings, loader)) == pytest.approx(float(squares.mean().sqrt()))
+
+
+def test_seeds_are_summed_up_for_the_model_that_validation_chose(tmp_path):
+    summary = run(tmp_path, "--method", "single", "--seeds", 0, 1)
+    chosen = "test_accuracy_of_best_validation"
+    one, two = [run[chosen] for run in summary["runs"]]
+    assert summary[chosen] == (one + two) / 2
+    assert summary[f"{chosen}_std"] == pytest.approx(abs(one - two) / math.sqrt(2))
+
+
+def test_the_importance_is_printed_logged_and_written(tmp_path, capsys):
+    summary = run(tmp_path, "--epochs", 2)
     printed = capsys.readouterr().out
-    (row,) = metrics[-1]["importance"].values()
-    assert list(row) == ["2"] and f"fine classes {row['2']:.3f}" in printed and row["2"] != 1
-    pytest.importorskip("matplotlib", reason="matplotlib is optional")
-    run("--epochs", 2, "--resume", "--plot")
-    assert (folder / "importance.png").stat().st_size > 5000
+    rows = [line["importance"]["fine classes"] for line in metrics_of(summary)]
+    assert [list(row) for row in rows] == [["2"], ["2"]]
+    assert rows[0]["2"] != rows[1]["2"] != 1
+    written = (Path(summary["folder"]) / "importance.txt").read_text()
+    for i, row in enumerate(rows):
+        assert f"{row['2']:.3f}" in written.splitlines()[2 * i + 1]
+    assert f"{rows[1]['2']:.3f}" in printed and "fine classes" in printed
+
+
+# -------- The command line ------------------------------------------------------------------------
 
 
 def test_presets_are_the_papers_and_the_published_codes():
-    names = "relu_importance mean_auxiliary hypergrad_lr clip upper_optimizer upper_lr upper_weight_decay dev_from".split()
+    names = "relu_importance mean_auxiliary hypergrad_lr clip upper_optimizer upper_lr"
+    names = [*names.split(), "upper_weight_decay", "dev_from"]
 
     def values(*flags):
         args = maoal.parse_args(list(flags))
         return [getattr(args, name) for name in names]
 
-    code, ratings = ["--preset", "published-code"], ["--dataset", "movielens-1m"]
-    assert values() == values(*ratings) == [False, False, None, 0, "adam", 0.01, 0, "validation"]
+    code = ["--preset", "published-code"]
+    ratings = ["--dataset", "movielens-1m"]
+    paper = [False, False, None, 0, "adam", 0.01, 0, "validation"]
+    assert values() == values(*ratings) == paper
     assert values(*code) == [True, True, 1, 10, "adam", 0.01, 5e-4, "validation"]
     assert values(*code, *ratings) == [True, False, 1, 10, "momentum", 1e-3, 0, "train"]
-    assert values(*code, "--no-relu-importance", "--clip", "0")[:4] == [False, True, 1, 0], "a flag of one's own counts"
+    own = values(*code, "--no-relu-importance", "--clip", "0")
+    assert own[:4] == [False, True, 1, 0], "a flag of one's own counts"
     assert values("--method", "auxl")[2:7] == [1e-4, 10, "momentum", 1e-3, 5e-4]
-    settings = {"cifar100-people": ("resnet18-cifar", False, 200, 32, "sgd", 0.1, 10),
-                "cifar10": ("convnet4", False, 200, 32, "sgd", 0.1, 10),
-                "oxford-pet": ("resnet18", False, 100, 64, "adam", 1e-4, 20),
-                "cub200": ("resnet18", True, 100, 64, "adam", 1e-4, 20),
-                "movielens-1m": ("resnet18", False, 15, 256, "adam", 1e-3, 20)}  # fmt: skip
-    for dataset, expected in settings.items():
-        a = maoal.parse_args(["--dataset", dataset])
-        assert (a.backbone, a.pretrained, a.epochs, a.batch_size, a.optimizer, a.lr, a.lower_steps) == expected
 
 
-@pytest.mark.parametrize("flags, said", [
-    (["--method", "equal", "--look-back", "1"], "--look-back is not for --method equal"),
-    (["--method", "auxl", "--partition", "model"], "--partition is not for --method auxl"),
-    (["--method", "single", "--preset", "published-code"], "--preset is not for --method single"),
-    (["--l2-weight", "0.1"], "--l2-weight is not for --dataset synthetic"),
-    (["--keep-threes"], "--keep-threes is not for --dataset synthetic"),
-    (["--dataset", "movielens-1m", "--backbone", "resnet18"], "--backbone is not for --dataset movielens-1m"),
-    (["--optimizer", "adam", "--momentum", "0.5"], "--momentum is not for --optimizer adam"),
-    (["--dataset", "movielens-20m"], "movielens-1m"),
-    (["--method", "hpo"], "choose from"),
-    (["--label-fraction", "0"], "'0'"),
-    (["--dev-size", "5000"], "leaves nothing"),
-    (["--image-size", "64"], "fixed at 32"),
-])  # fmt: skip
-def test_wrong_combinations(capsys, tmp_path, flags, said, monkeypatch):
-    monkeypatch.chdir(Path(maoal.__file__).parent)
-    base = [] if "movielens-1m" in flags else TINY
-    assert said in refused(capsys, *base, "--out-dir", tmp_path, *flags)
+@pytest.mark.parametrize(
+    "dataset, expected",
+    [
+        ("cifar100-people", ("resnet18-cifar", False, 200, 32, "sgd", 0.1, 10)),
+        ("cifar10", ("convnet4", False, 200, 32, "sgd", 0.1, 10)),
+        ("oxford-pet", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
+        ("folder:here", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
+        ("cub200", ("resnet18", True, 100, 64, "adam", 1e-4, 20)),
+        ("movielens-1m", ("resnet18", False, 15, 256, "adam", 1e-3, 20)),
+    ],
+)
+def test_recipes(dataset, expected):
+    a = maoal.parse_args(["--dataset", dataset])
+    found = (a.backbone, a.pretrained, a.epochs, a.batch_size, a.optimizer, a.lr, a.lower_steps)
+    assert found == expected
 
 
-# ---------------------------------------- Real data ----------------------------------------
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--method single --preset published-code", "published-code is for --method maoal"),
+        ("--keep-threes", "--keep-threes and --dev-from are for --dataset movielens-1m"),
+        ("--dataset movielens-1m --backbone resnet18", "not for --dataset movielens-1m"),
+        ("--dataset movielens-1m --label-fraction 0.5", "not for --dataset movielens-1m"),
+        ("--optimizer adam --momentum 0.5", "--momentum is for --optimizer sgd"),
+        ("--dataset oxford-pet --momentum 0.5", "--momentum is for --optimizer sgd"),
+        ("--dataset movielens-20m", "movielens-1m"),
+        ("--method hpo", "choose from"),
+        ("--label-fraction 0", "'0'"),
+        ("--dataset synthetic --dev-size 5000", "leaves nothing"),
+        ("--dataset synthetic --image-size 64", "fixed at 32"),
+    ],
+)
+def test_wrong_flags_get_one_line(capsys, tmp_path, flags, said):
+    assert said in refuses(maoal, capsys, *flags.split(), "--out-dir", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("flags", [
-    ["--backbone", "convnet4", "--max-steps", "2", "--lower-steps", "2"],
-    ["--dataset", "cifar100-100", "--train-fraction", "0.02", "--label-fraction", "0.2", "--max-steps", "2", "--lower-steps", "2"],
-    ["--dataset", "oxford-pet", "--image-size", "64", "--batch-size", "8", "--workers", "0",
-     "--max-steps", "2", "--lower-steps", "1"],
-], ids=["people", "cifar100-100", "oxford-pet"])  # fmt: skip
-def test_real_data(real_data, tmp_path, flags):
-    summary = maoal.main(["--data-root", real_data, "--out-dir", str(tmp_path), "--device", "cpu", *flags])
-    (line,) = (json.loads(line) for line in (Path(summary["folder"]) / "metrics.jsonl").read_text().splitlines())
-    tasks = 10 if "--dataset" not in flags else 1
-    assert len(line["importance"]) == tasks and any(v != 1 for row in line["importance"].values() for v in row.values())
+# -------- Real data -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, tasks",
+    [
+        ("--backbone convnet4", 10),
+        ("--dataset cifar100-100 --train-fraction 0.02 --label-fraction 0.2", 1),
+        ("--dataset oxford-pet --image-size 64 --batch-size 8 --workers 0", 1),
+    ],
+)
+def test_real_data(real_data, tmp_path, flags, tasks):
+    flags = [*flags.split(), "--max-steps", "2", "--lower-steps", "1", "--device", "cpu"]
+    summary = maoal.main(["--data-root", real_data, "--out-dir", str(tmp_path), *flags])
+    (line,) = metrics_of(summary)
+    assert len(line["importance"]) == tasks
+    values = [value for row in line["importance"].values() for value in row.values()]
+    assert any(value != 1 for value in values)

@@ -597,6 +597,9 @@ def train(args) -> dict:
                 upper_steps += 1
             progress.update()
 
+        if args.refresh_statistics:
+            refresh_statistics(primary, islice(loader, steps))
+
         # The epoch's figures: its only reads from the device
         progress.close()
         metrics = {
@@ -771,6 +774,16 @@ def build_scheduler(args, optimizer):
 
 
 # -------- Evaluation, and what the paper shows ----------------------------------------------------
+
+
+@torch.no_grad()
+def refresh_statistics(primary, batches) -> None:
+    """A pass in train mode, so that BatchNorm's running statistics belong to the tested weights.
+
+    WAMAL and MAXL have such a pass in their second phase; a fair comparison gives one to all.
+    """
+    for x, _, _ in batches:
+        primary(x)
 
 
 @torch.no_grad()
@@ -1022,6 +1035,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--upper-weight-decay", type=factor, help="of phi (default: 5e-3; combine 1e-4)")
     add("--schedule", choices=SCHEDULES, help="step: halved every 50 epochs, combine every 100")
     add("--amp", choices=["none", "bf16"], default="none", help="bf16: trunks run under autocast")
+    add(
+        "--refresh-statistics", action="store_true", help="of BatchNorm, by a pass before each test"
+    )
 
     add = p.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")

@@ -1,8 +1,8 @@
-"""auxilearn.py for tests/benchmark.py, --mode generate: a step on W, a step on phi, and the textbook's of both.
+"""auxilearn.py for tests/benchmark.py, --mode generate: steps on W and on phi, and the textbook's.
 
-The textbook differentiates the gradient: labels with a graph in the step on W, and in the step on phi a graph of the
-gradient that three Hessian-vector products and the mixed term go back through. "30 steps" is what a user pays: 30 steps on W
-and one on phi.
+The textbook has labels with a graph in the step on W, and in the step on phi a graph of the
+gradient that three Hessian-vector products and the mixed term go back through. "30 steps" is what a
+user pays: 30 steps on W and one on phi.
 """
 
 import functools
@@ -23,7 +23,10 @@ SHARES = [
     ("upper", "textbook upper"),
     ("30 steps", "textbook 30 steps"),
 ]
-LR, J, CLIP = 0.01, 3, 50.0
+
+LR = 0.01
+J = 3
+CLIP = 50.0
 
 
 def variants(args, device) -> dict:
@@ -33,14 +36,13 @@ def variants(args, device) -> dict:
     y = torch.arange(args.batch_size, device=device) % 20
     losses = auxilearn.image_losses
 
-    @functools.cache  # made when first used: a child that measures one variant's memory holds only its networks
+    @functools.cache  # made when first used: a child that measures memory holds only its own
     def networks(owner):
         trunk, width = strip_classifier(build_backbone(args.backbone))
-        if (
-            owner != "textbook"
-        ):  # whose double backward is faster in the usual memory layout than in the scripts'
+        if owner != "textbook":  # double backward is faster in the usual memory layout
             check_trunk(trunk, args.backbone, args.image_size)
-        heads = [auxilearn.head(width, n) for n in ((20,) if owner == "plain" else (20, 100))]
+        classes = [20] if owner == "plain" else [20, 100]
+        heads = [auxilearn.head(width, n) for n in classes]
         primary = auxilearn.PrimaryNetwork(trunk, heads).to(device)
         optimizer = torch.optim.SGD(primary.parameters(), LR)
         if owner == "plain":
@@ -48,18 +50,11 @@ def variants(args, device) -> dict:
         label_network = auxilearn.LabelNetwork(build_backbone(args.backbone), [5] * 20)
         if owner != "textbook":
             check_trunk(label_network.trunk, args.backbone, args.image_size)
-        label_network, combiner = (
-            label_network.to(device),
-            auxilearn.MonotoneLinear(2, skip=True).to(device),
-        )
+        label_network.to(device)
+        combiner = auxilearn.MonotoneLinear(2, skip=True).to(device)
         phi = [*combiner.parameters(), *label_network.parameters()]
-        return (
-            primary,
-            optimizer,
-            combiner,
-            label_network,
-            torch.optim.SGD(phi, 1e-3, momentum=0.9, weight_decay=5e-3),
-        )
+        upper_optimizer = torch.optim.SGD(phi, 1e-3, momentum=0.9, weight_decay=5e-3)
+        return primary, optimizer, combiner, label_network, upper_optimizer
 
     def plain():
         primary, optimizer, combiner = networks("plain")
@@ -73,10 +68,9 @@ def variants(args, device) -> dict:
 
     def upper():
         primary, _, combiner, label_network, optimizer = networks("ours")
-        options = {"neumann_steps": J, "inner_lr": LR, "scale": "published", "clip": CLIP}
-        auxilearn.upper_step(
-            primary, combiner, label_network, optimizer, x, y, (x_u, y), losses, **options
-        )
+        options = {"neumann_steps": J, "inner_lr": LR, "clip": CLIP}
+        networks_of_step = (primary, combiner, label_network, optimizer)
+        auxilearn.upper_step(*networks_of_step, x, y, x_u, y, losses, **options)
 
     def textbook_lower():
         primary, optimizer, combiner, label_network, _ = networks("textbook")
@@ -91,7 +85,8 @@ def variants(args, device) -> dict:
         theta = {
             name: p for name, p in primary.named_parameters() if not name.startswith("heads.1.")
         }
-        weights, phi = list(theta.values()), [*combiner.parameters(), *label_network.parameters()]
+        weights = list(theta.values())
+        phi = [*combiner.parameters(), *label_network.parameters()]
         loss = losses(functional_call(primary, theta, (x_u,)), y).mean()
         v = total = torch.autograd.grad(loss, weights)
         lower_loss = combiner(losses(primary(x), y, label_network(x, y)))

@@ -1,9 +1,10 @@
-"""mtl_nas.py for tests/benchmark.py: the architecture and the weight step, and the same as a first version would write them.
+"""mtl_nas.py for tests/benchmark.py: both steps, and the same as a first version would write them.
 
-The straightforward steps scale and join feature maps before one convolution per stage, call .backward() through all weights in
-the architecture step too, and read one number a step; once in torch's default memory layout and once in ours, channels-last.
-Of the common flags only --device and --repetitions apply: width 16, 13 stages, crop 65, batch 4, so that a CPU is enough; on
-CUDA width 64, crop 321, batch 10.
+The straightforward steps scale and join feature maps before one convolution per stage, call
+.backward() through all weights in the architecture step too, and read one number a step; once in
+torch's default memory layout and once in ours, channels-last. Of the common flags only --device and
+--repetitions apply: width 16, 13 stages, crop 65, batch 4, so that a CPU is enough; on CUDA width
+64, crop 321, batch 10.
 """
 
 import functools
@@ -14,22 +15,38 @@ import torch.nn.functional as F
 
 import mtl_nas
 
-PARTS = ("plain", "architecture", "weight", "straightforward architecture", "straightforward weight",
-         "same-layout architecture", "same-layout weight", "supernet")  # fmt: skip
-SUMS = {"iteration": ("architecture", "weight"),
-        "straightforward iteration": ("straightforward architecture", "straightforward weight"),
-        "same-layout iteration": ("same-layout architecture", "same-layout weight")}  # fmt: skip
-SHARES = [("iteration", "straightforward iteration"), ("iteration", "same-layout iteration"),
-          ("architecture", "same-layout architecture"), ("weight", "same-layout weight")]  # fmt: skip
+PARTS = (
+    "plain",
+    "architecture",
+    "weight",
+    "straightforward architecture",
+    "straightforward weight",
+    "same-layout architecture",
+    "same-layout weight",
+    "supernet",
+)
+SUMS = {
+    "iteration": ("architecture", "weight"),
+    "straightforward iteration": ("straightforward architecture", "straightforward weight"),
+    "same-layout iteration": ("same-layout architecture", "same-layout weight"),
+}
+SHARES = [
+    ("iteration", "straightforward iteration"),
+    ("iteration", "same-layout iteration"),
+    ("architecture", "same-layout architecture"),
+    ("weight", "same-layout weight"),
+]
 
 
 class JoinedFusion(nn.Module):
-    """(1) word by word: one convolution of all features, joined, each other one scaled by its gate."""
+    """(1) word by word: one convolution of all features, joined, the others scaled by gates."""
 
     def __init__(self, fusion):
         super().__init__()
-        self.sources, self.bn = fusion.sources, fusion.bn
-        self.weight = nn.Parameter(torch.cat(list(fusion.weight.detach()), dim=1)[:, :, None, None].clone())
+        self.sources = fusion.sources
+        self.bn = fusion.bn
+        joined = torch.cat(list(fusion.weight.detach()), dim=1)
+        self.weight = nn.Parameter(joined[:, :, None, None].clone())
 
     def forward(self, own, others, gates):
         scaled = [c * h for c, h in zip(gates, others, strict=True)]
@@ -39,22 +56,39 @@ class JoinedFusion(nn.Module):
 def variants(args, device) -> dict:
     """Callables that take one step each."""
     torch.manual_seed(0)
-    width, crop, size = (64, 321, 10) if device.type == "cuda" else (16, 65, 4)
-    args.backbone, args.image_size, args.batch_size = f"VGG-16 of width {width}", crop, size  # what the report shall name
+    width, crop, size = 16, 65, 4
+    if device.type == "cuda":
+        width, crop, size = 64, 321, 10
+    # what the report shall name
+    args.backbone = f"VGG-16 of width {width}"
+    args.image_size = crop
+    args.batch_size = size
     x = torch.rand(size, 3, crop, crop, device=device)
-    data = x, torch.randint(40, (size, crop, crop), device=device), F.normalize(torch.randn_like(x), dim=1)
+    segmentation = torch.randint(40, (size, crop, crop), device=device)
+    data = (x, segmentation, F.normalize(torch.randn_like(x), dim=1))
     objective = {"relaxation": "stochastic", "temperature": 0.5, "entropy_weight": 10.0}
+    depth = (2, 2, 3, 3, 3)
+    candidates = [mtl_nas.sources_of(mtl_nas.candidate_edges(depth), sum(depth))] * 2
 
     @functools.cache
     def networks(owner):
-        network = mtl_nas.Supernet(40, width, sources=[] if owner == "plain" else None, shared=owner == "plain")
+        if owner == "plain":
+            network = mtl_nas.Supernet(40, width, depth, sources=[], shared=True)
+        else:
+            network = mtl_nas.Supernet(40, width, depth, sources=candidates, searched=True)
         if owner in ("straightforward", "same-layout"):
-            network.fusions = nn.ModuleList(nn.ModuleList(JoinedFusion(f) for f in net) for net in network.fusions)
+            for net in network.fusions:
+                for stage, fusion in enumerate(net):
+                    net[stage] = JoinedFusion(fusion)
         layout = torch.contiguous_format if owner == "straightforward" else torch.channels_last
-        network = network.to(device, memory_format=layout)
+        network.to(device, memory_format=layout)
         weights = [p for name, p in network.named_parameters() if not name.startswith("alpha")]
-        adam = network.alpha and torch.optim.Adam(network.alpha.parameters(), 1e-3, betas=(0.5, 0.999), weight_decay=1e-3)
-        return network, torch.optim.SGD(weights, 1e-3, momentum=0.9, weight_decay=2.5e-4), adam
+        optimizer = torch.optim.SGD(weights, 1e-3, momentum=0.9, weight_decay=2.5e-4)
+        if owner == "plain":
+            return network, optimizer, None
+        alpha = network.alpha.parameters()
+        adam = torch.optim.Adam(alpha, 1e-3, betas=(0.5, 0.999), weight_decay=1e-3)
+        return network, optimizer, adam
 
     def gates(network):
         return [mtl_nas.gate(alpha.detach(), "stochastic", 0.5) for alpha in network.alpha]
@@ -82,7 +116,8 @@ def variants(args, device) -> dict:
         network, optimizer, adam = networks(owner)
         c = [mtl_nas.gate(alpha, "stochastic", 0.5) for alpha in network.alpha]
         loss = mtl_nas.task_losses(*network(x, c), *data[1:])[0]
-        loss = loss + 10 * torch.stack([mtl_nas.entropy(alpha).mean() for alpha in network.alpha]).mean()
+        entropies = [mtl_nas.entropy(alpha).mean() for alpha in network.alpha]
+        loss = loss + 10 * torch.stack(entropies).mean()
         adam.zero_grad()
         optimizer.zero_grad()
         loss.backward()

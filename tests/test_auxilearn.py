@@ -848,6 +848,7 @@ FLAGS = [
     "--batch-size 20",
     "--train-fraction 0.5",
     "--validation 0.1",
+    "--refresh-statistics",
     "--workers 0",
 ]
 
@@ -862,6 +863,8 @@ def test_every_flag_changes_what_it_says(flags, run):
     _, (*_, plain) = run(auxilearn, *plain_flags, name="plain")
     _, (*_, changed) = run(auxilearn, *plain_flags, *flags.split(), name="changed")
     assert math.isfinite(changed["loss"])
+    if flags == "--refresh-statistics":
+        assert plain["loss"] == changed["loss"], "it is about the test alone"
     names = ("loss", "test_loss", "hypergradient_norm")
     same = all(plain.get(name) == changed.get(name) for name in names)
     assert same == ("--workers" in flags)

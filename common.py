@@ -1271,8 +1271,8 @@ def load_nyuv2(root: Path) -> SceneSet:
         names = sorted(names, key=lambda name: (len(name), name))  # 2 before 10
         if not names:
             layout = "nyuv2/{train,val}/{image,label,depth,normal}/<i>.npy"
-            hint = f"unpack the preprocessed set so that {root} holds {layout}"
-            raise InputError(f"nyuv2: no {folder / 'image'}/*.npy; {hint}")
+            missing = f"there is no {folder / 'image'}/*.npy"
+            raise InputError(f"nyuv2 is {layout}, as preprocessed for MTAN; {missing}")
         fields = []
         for kind in ("image", "label", "depth", "normal"):
             field = read_arrays([folder / kind / name for name in names], kind)

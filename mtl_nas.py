@@ -147,6 +147,14 @@ def build_head(channels: int, width: int, outputs: int) -> nn.Sequential:
     )
 
 
+def conv1x1(x, weight, bias=None):
+    """A 1x1 convolution of x (B, C, h, w) with weight (outputs, C).
+
+    As a product of matrices, which x is one of where it is channels-last: the rows are pixels.
+    """
+    return F.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
 class Fusion(nn.Module):
     """(1) for one stage of one network: NDDR fusion with features of the other network.
 
@@ -174,9 +182,9 @@ class Fusion(nn.Module):
         weights = list(self.weight)
         if gates is not None:
             weights[1:] = self.weight[1:] * gates[:, None, None]
-        z = F.conv2d(own, weights[0][:, :, None, None])
+        z = conv1x1(own, weights[0])
         for weight, other in zip(weights[1:], others, strict=True):
-            z = z + F.conv2d(other, weight[:, :, None, None])
+            z = z + conv1x1(other, weight)
         return F.relu(self.bn(z), inplace=True)
 
 
@@ -305,9 +313,9 @@ class FoldedFusion:
         self.bias = bn.bias - scale * bn.running_mean
 
     def __call__(self, own, others, gates=None):
-        z = F.conv2d(own, self.weight[0][:, :, None, None], self.bias)
+        z = conv1x1(own, self.weight[0], self.bias)
         for weight, other in zip(self.weight[1:], others, strict=True):
-            z = z + F.conv2d(other, weight[:, :, None, None])
+            z = z + conv1x1(other, weight)
         return F.relu(z, inplace=True)
 
 

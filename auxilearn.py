@@ -308,16 +308,18 @@ def implicit_gradient(
     scale: "exact", or "published" without the factor eta.
     Returns the gradients, in the order of hyperparameters.
 
-        model, log_decay = nn.Linear(5, 1), torch.zeros(1, requires_grad=True)
-        x, y, x_val, y_val = (torch.randn(9, n) for n in (5, 1, 5, 1))
-
-        def loss_lower(w):  # how strongly to decay the weights is the hyperparameter
+        import torch
+        from auxilearn import implicit_gradient
+        from torch.func import functional_call
+        model = torch.nn.Linear(5, 1)
+        log_decay = torch.zeros(1, requires_grad=True)  # how strongly to decay the weights
+        x, y = torch.randn(9, 5), torch.randn(9, 1)
+        x_val, y_val = torch.randn(9, 5), torch.randn(9, 1)
+        def loss_lower(w):
             fit = (functional_call(model, w, (x,)) - y).square().mean()
             return fit + log_decay.exp().sum() * w["weight"].square().sum()
-
         def loss_upper(w):
             return (functional_call(model, w, (x_val,)) - y_val).square().mean()
-
         theta = dict(model.named_parameters())
         gradients = implicit_gradient(loss_lower, loss_upper, theta, [log_decay])
     """
@@ -1339,8 +1341,6 @@ def run_seeds(args, train, metric: str) -> dict:
         if wanted is not None:
             hint = "a smaller --batch-size takes less"
             fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
-        if "DataLoader worker" in str(error):
-            fail("a process that reads images has died, out of memory perhaps; try --workers 0")
         raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)

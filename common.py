@@ -27,6 +27,7 @@ import math
 import pickle
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -960,7 +961,9 @@ class FileLoader(SeededLoader):
             self.batches.keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
 
         try:
-            for x, index in self.loader:
+            with child_handler_kept():
+                batches = iter(self.loader)
+            for x, index in batches:
                 x = x.to(self.device, non_blocking=True)
                 index = index.to(self.device, non_blocking=True)
                 yield (x.float() - self.mean) / self.std, self.labels[index], index
@@ -970,6 +973,30 @@ class FileLoader(SeededLoader):
             # garbage collector takes 10 seconds to end
             error.__traceback__ = None
             raise InputError(last_line.split("InputError: ")[-1]) from None
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # the last three: a batch was on its way
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            error.__traceback__ = None
+            died = "a process that reads images has died, out of memory perhaps"
+            raise InputError(f"{died}; try --workers 0") from None
+
+
+@contextmanager
+def child_handler_kept():
+    """Keep what happens when a child process ends, while a DataLoader starts its workers.
+
+    torch would have a worker's death raise an error in the middle of whatever runs then. The next
+    batch that it owes is found missing without that, within 5 seconds.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def file_transform(image_set: ImageSet, train: bool) -> v2.Compose:

@@ -381,6 +381,20 @@ def importance_step(
     importance: an Importance.  clip: the greatest norm of the gradient that is stepped along.
     lr, look_back and the data: see importance_gradient.
     Returns the gradient's norm before it is clipped, a scalar.
+
+        import torch
+        from torchvision.models import resnet18
+        from maoal import Batch, Importance, PrimaryNetwork, partition_modules
+        from maoal import importance_step, lower_step, module_weighted_gradients
+        network = PrimaryNetwork(resnet18(), num_classes=[3, 4])  # the primary task first
+        modules = partition_modules(network)
+        importance = Importance(num_auxiliary=1, num_modules=len(modules))
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        upper_optimizer = torch.optim.Adam(importance.parameters(), lr=0.01)
+        tasks = [Batch(torch.randn(8, 3, 32, 32), torch.arange(8) % n) for n in (3, 4)]
+        losses, field = module_weighted_gradients(network, tasks, modules, importance().detach())
+        lower_step(network, optimizer, field)
+        importance_step(network, importance, upper_optimizer, tasks, tasks[0], modules, lr=0.1)
     """
     a = importance()
     slopes = importance_gradient(
@@ -1465,8 +1479,6 @@ def run_seeds(args, train, metric: str) -> dict:
         if wanted is not None:
             hint = "a smaller --batch-size takes less"
             fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
-        if "DataLoader worker" in str(error):
-            fail("a process that reads images has died, out of memory perhaps; try --workers 0")
         raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)

@@ -162,6 +162,17 @@ class Fusion(nn.Module):
     init: (w_t, w_s), W starts as [w_t I, w_s/k I, ...]; None: Kaiming-normal, fan-out.
     Called with own (B, C, h, w), a list of k such `others` and gates (k,), or None for all 1;
     returns (B, C, h, w).
+
+        import torch
+        from mtl_nas import Fusion, entropy, gate
+        fusion = Fusion(channels=8, sources=[0, 1], init=(1.0, 0.0))
+        alpha = torch.zeros(2, requires_grad=True)  # an edge from each of two stages
+        own = torch.randn(4, 8, 16, 16)
+        others = [torch.randn(4, 8, 16, 16), torch.randn(4, 8, 16, 16)]
+        output = fusion(own, others, gate(alpha, "stochastic", temperature=0.5))
+        loss = output.square().mean() + 10 * entropy(alpha).mean()  # in place of a task's loss
+        loss.backward()
+        print(alpha.grad, fusion.weight.grad.shape)
     """
 
     def __init__(self, channels: int, sources: list[int], init):
@@ -1171,8 +1182,6 @@ def run_seeds(args, train, metric: str) -> dict:
         if wanted is not None:
             hint = "a smaller --batch-size takes less"
             fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
-        if "DataLoader worker" in str(error):
-            fail("a process that reads images has died, out of memory perhaps; try --workers 0")
         raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)

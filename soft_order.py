@@ -1054,8 +1054,6 @@ def run_seeds(args, train, metric: str) -> dict:
         if wanted is not None:
             hint = "a smaller --batch-size takes less"
             fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
-        if "DataLoader worker" in str(error):
-            fail("a process that reads images has died, out of memory perhaps; try --workers 0")
         raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)

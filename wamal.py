@@ -254,6 +254,21 @@ def label_step(primary, label_network, label_optimizer, x, y, upper=None, **opti
 
     upper, options: those of hypergradient, of which primary_lr and r have no default.
     Returns the hypergradient's norm, a scalar.
+
+        import torch
+        from torchvision.models import resnet18
+        from wamal import LabelWeightNetwork, PrimaryNetwork
+        from wamal import auxiliary_weight, label_step, primary_step
+        primary = PrimaryNetwork(resnet18(), num_primary=3, num_auxiliary=15)
+        label_network = LabelWeightNetwork(resnet18(), psi=[5, 5, 5])
+        optimizer = torch.optim.SGD(primary.parameters(), lr=0.01)
+        label_optimizer = torch.optim.SGD(label_network.parameters(), lr=1e-3)
+        x = torch.randn(8, 3, 32, 32)
+        y = torch.arange(8) % 3
+        with torch.no_grad():
+            soft_labels, w = label_network(x, y)
+        primary_step(primary, optimizer, x, y, soft_labels, auxiliary_weight(w, r=5))
+        label_step(primary, label_network, label_optimizer, x, y, primary_lr=0.01, r=5)
     """
     phi = [p for p in label_network.parameters() if p.requires_grad]
     gradients = hypergradient(primary, label_network, x, y, upper, **options)
@@ -1035,8 +1050,6 @@ def run_seeds(args, train, metric: str) -> dict:
         if wanted is not None:
             hint = "a smaller --batch-size takes less"
             fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
-        if "DataLoader worker" in str(error):
-            fail("a process that reads images has died, out of memory perhaps; try --workers 0")
         raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)

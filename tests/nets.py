@@ -5,6 +5,7 @@
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
 
 
@@ -75,6 +76,76 @@ def small_vit() -> nn.Module:
     )
     torch.nn.init.normal_(net.class_token, std=0.02)
     return net
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Over the channels of (B, C, H, W)."""
+
+    def forward(self, x):
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class ScaledBlock(nn.Module):
+    """A depthwise block with a learned scale a channel, dropped for a fifth of the images."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv_dw = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = LayerNorm2d(width)
+        self.mlp = nn.Sequential(nn.Conv2d(width, 2 * width, 1), nn.GELU())
+        self.project = nn.Conv2d(2 * width, width, 1)
+        self.gamma = nn.Parameter(torch.full((width, 1, 1), 0.1))
+
+    def forward(self, x):
+        branch = self.gamma * self.project(self.mlp(self.norm(self.conv_dw(x))))
+        if self.training:
+            kept = x.new_empty(len(x), 1, 1, 1).bernoulli_(0.8)
+            branch = branch * kept / 0.8
+        return x + branch
+
+
+class Head(nn.Module):
+    """Pool, norm and dropout in front of the classification layer, which lies deep in it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = LayerNorm2d(width)
+        self.drop = nn.Dropout(0.1)
+        self.fc = nn.Linear(width, 10)
+
+    def forward(self, x, pre_logits: bool = False):
+        x = self.drop(self.norm(x.mean((2, 3), keepdim=True)).flatten(1))
+        return x if pre_logits else self.fc(x)
+
+
+class LikeTimm(nn.Module):
+    """Built as the networks of the timm library are: methods for features and for the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_classes = 10
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), LayerNorm2d(8))
+        self.stages = nn.Sequential(ScaledBlock(8), ScaledBlock(8))
+        self.head = Head(8)
+
+    def get_classifier(self):
+        return self.head.fc
+
+    def forward_features(self, x):
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x, pre_logits: bool = False):
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
+
+def like_timm() -> nn.Module:
+    """A small ConvNeXt after timm's fashion."""
+    return LikeTimm()
 
 
 def no_linear() -> nn.Module:

@@ -315,24 +315,6 @@ def test_what_a_loss_does_not_reach_counts_as_zero():
     assert (got[0] != 0).all() and (got[1] == 0).all()
 
 
-def test_the_docstring_s_example_runs():
-    text = auxilearn.implicit_gradient.__doc__
-    lines = [
-        line[8:] for line in text.splitlines() if line.startswith("        ") or not line.strip()
-    ]
-    code = "\n".join(lines)
-    code = code[code.index("model, log_decay") :]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
-    namespace = {
-        "nn": nn,
-        "torch": torch,
-        "functional_call": functional_call,
-        "implicit_gradient": implicit_gradient,
-    }
-    exec(code, namespace)
-    assert namespace["gradients"][0].shape == (1,) and namespace["gradients"][0].abs() > 0
-
-
 # ---------------------------- The combiners ----------------------------
 
 

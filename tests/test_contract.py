@@ -529,15 +529,21 @@ def reading_pictures(dataset: str, out_dir) -> list[str]:
     return ["--dataset", dataset, *small, "--workers", "2", "--out-dir", str(out_dir)]
 
 
-def test_a_worker_that_dies_is_one_line(wamal, tmp_path, capsys):
+def test_a_worker_that_dies_is_one_line(wamal, tmp_path, capsys, monkeypatch):
+    """Also where all die at once: torch's own handler would raise again while one is reported."""
+
     def kill(network, n):
         if n == 2:
             for worker in multiprocessing.active_children():
                 worker.kill()
 
+    wait = torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data
+    monkeypatch.setattr(wait, "__defaults__", (0.1,))  # the time until workers are looked at
+    before = signal.getsignal(signal.SIGCHLD)
     arguments = reading_pictures(write_pictures(tmp_path / "pictures"), tmp_path / "runs")
     with patched_step(wamal, before=kill):
         assert "--workers 0" in refuses(wamal, capsys, *arguments)
+    assert signal.getsignal(signal.SIGCHLD) is before
 
 
 def test_ctrl_c_reaches_all_processes_and_is_one_line(wamal, tmp_path):

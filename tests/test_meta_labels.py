@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import TINY_IMAGES, relative_difference
-from nets import dropout, mlp, small_vit, smooth
+from nets import dropout, like_timm, mlp, small_vit, smooth
 from test_common import write_folder
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -222,6 +222,7 @@ BOTH = [
     pytest.param(dropout, [2, 3, 2], 6, {}, id="dropout"),
     pytest.param(dropout, [2, 3, 2], 6, {"upper": True}, id="dropout-upper"),
     pytest.param(small_vit, [2, 3], 4, {}, id="vit"),
+    pytest.param(like_timm, [2, 3], 4, {}, id="like-timm"),
 ]
 WAMALS = [
     pytest.param(convnet4, [2, 3], 4, {"weighting": "batch"}, id="batch"),

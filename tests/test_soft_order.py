@@ -7,7 +7,6 @@ import copy
 import itertools
 import json
 import math
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -434,18 +433,6 @@ def test_parameter_counts_are_the_papers():
 
 
 # -------- SoftOrder around a user's layer ---------------------------------------------------------
-
-
-def test_the_docstrings_example_runs_and_has_about_15_lines(capsys):
-    example = textwrap.dedent(soft_order.SoftOrder.__doc__.split("drawn anew.\n\n")[1])
-    assert 12 <= len(example.strip().splitlines()) <= 16
-    scope = {}
-    exec(example, scope)
-    scales = scope["core"].scores.softmax(dim=1)
-    assert scales.shape == (3, 4, 4)
-    assert (scales.sum(dim=1) - 1).abs().max() < 1e-6
-    assert scales.std() > 0.001
-    assert "tensor" in capsys.readouterr().out
 
 
 def dense_layer():

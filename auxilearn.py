@@ -402,9 +402,16 @@ def gcs_step(primary, optimizer, x, y, combiner, losses, labels=None):
             total[i] = total[i] + gradient
 
     for p, gradient in zip(parameters, total, strict=True):
-        p.grad = gradient
+        set_gradient(p, gradient)
     optimizer.step()
     return values.detach().sum(), values.detach()
+
+
+def set_gradient(p, gradient) -> None:
+    """p.grad, lying in memory as p does: fused optimisers walk through both without a look."""
+    if gradient.stride() != p.stride():
+        gradient = torch.empty_like(p).copy_(gradient)
+    p.grad = gradient
 
 
 def upper_step(
@@ -435,9 +442,8 @@ def upper_step(
         return losses(outputs(theta, x_upper)[:1], y_upper)[:, 0].mean()
 
     theta = {name: p for name, p in primary.named_parameters() if p.requires_grad}
-    if (
-        label_network is not None
-    ):  # as in [C], without the made-up task's head: L_A does not reach it
+    if label_network is not None:
+        # as in [C], without the made-up task's head: L_A does not reach it
         theta = {name: p for name, p in theta.items() if not name.startswith("heads.1.")}
     phi = trained_by(optimizer)
     if isinstance(primary.trunk, Features) and not x.is_cuda:
@@ -448,7 +454,7 @@ def upper_step(
         gradients = implicit_gradient(loss_lower, loss_upper, theta, phi, **options)
 
     for p, gradient in zip(phi, gradients, strict=True):
-        p.grad = gradient
+        set_gradient(p, gradient)
     norm = torch.nn.utils.clip_grad_norm_(phi, clip)
     optimizer.step()
     clamp_weights(combiner)

@@ -1,5 +1,6 @@
 """AuxiLearn: its maths in float64 against slow versions, and its claim where it is known."""
 
+import copy
 import json
 import math
 import statistics
@@ -418,6 +419,39 @@ def test_gradient_cosine_similarity_drops_an_opposing_gradient(sign):
         and means.shape == (2,)
         and loss.shape == ()
     )
+
+
+class Patch(nn.Module):
+    """One product with a weight that lies channels-last: its gradient does not."""
+
+    def __init__(self):
+        super().__init__()
+        weight = torch.randn(5, 3, 2, 2).to(memory_format=torch.channels_last)
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.reshape(5, 12).T
+
+
+def test_fused_steps_get_gradients_that_lie_as_their_parameters():
+    """Else fused Adam moves the wrong entries on a CPU, and refuses on CUDA."""
+
+    def losses(outputs, y, labels):
+        return torch.cat([(out - y).square() for out in outputs], dim=1)
+
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, 2, 2)
+    y = torch.randn(6, 1)
+    heads = [nn.Linear(5, 1), nn.Linear(5, 1)]
+    fused = auxilearn.PrimaryNetwork(Patch(), heads)
+    plain = copy.deepcopy(fused)
+    for network, options in ((fused, {"fused": True}), (plain, {"foreach": False})):
+        optimizer = torch.optim.Adam(network.parameters(), 0.1, **options)
+        for _ in range(3):
+            auxilearn.gcs_step(network, optimizer, x, y, None, losses)
+    for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+    assert fused.trunk.weight.grad.stride() == fused.trunk.weight.stride()
 
 
 # ---------------------------- Losses and metrics ----------------------------

@@ -1,7 +1,7 @@
 """maoal.py for tests/benchmark.py: both steps with K = 1, 4 and 10 auxiliary tasks.
 
 Each task has a batch of its own. Beside them, an equal-weights step that frees each graph too, and
-both steps as the published code takes them.
+both steps as the published code takes them, in torch's usual memory layout.
 """
 
 import functools
@@ -33,10 +33,11 @@ def variants(args, device) -> dict:
     """Callables that take one step each, by name."""
 
     @functools.cache  # made when first used: a child that measures memory holds only its own
-    def setting(k):
+    def setting(k, published=False):
         torch.manual_seed(0)
         network = maoal.PrimaryNetwork(build_backbone(args.backbone), [CLASSES] * (k + 1))
-        check_trunk(network.trunk, args.backbone, args.image_size)
+        if not published:
+            check_trunk(network.trunk, args.backbone, args.image_size)
         network = network.to(device)
         modules = maoal.partition_modules(network)
         importance = torch.full((k, len(modules)), 0.9, device=device)
@@ -72,7 +73,7 @@ def variants(args, device) -> dict:
 
     def field_with_graph(k, importance):
         """Theta and G with a graph, every loss's graph alive."""
-        network, _, modules, _, batches = setting(k)
+        network, _, modules, _, batches = setting(k, published=True)
         parameters = dict(network.named_parameters())
         module_of = {}
         for j, names in enumerate(modules.values()):
@@ -92,7 +93,7 @@ def variants(args, device) -> dict:
         return theta, field
 
     def published_lower(k):
-        network, optimizer, _, importance, batches = setting(k)
+        network, optimizer, _, importance, batches = setting(k, published=True)
         theta, field = field_with_graph(k, importance)
         optimizer.zero_grad()
         losses = [F.cross_entropy(network(x, i), y) for i, (x, y) in enumerate(batches)]
@@ -102,7 +103,7 @@ def variants(args, device) -> dict:
         optimizer.step()
 
     def published_upper(k):
-        network, _, _, importance, batches = setting(k)
+        network, _, _, importance, batches = setting(k, published=True)
         x, y = batches[0]
         importance = importance.clone().requires_grad_()
         theta, field = field_with_graph(k, importance)

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, relative_difference
-from nets import dropout, mlp, small_vit
+from nets import dropout, like_timm, mlp, small_vit
 from test_common import write_cifar100, write_cub, write_movielens
 from test_contract import refuses
 from torch.func import functional_call
@@ -130,13 +130,14 @@ def test_autoint_is_the_published_one():
     assert sum(p.numel() for p in network.parameters()) == 163745
     attention = [f"attention{i}" for i in range(1, 5)]
     assert list(maoal.partition_modules(network)) == ["embedding", *attention, "head"]
-    for name in ("query", "key", "value", "residual"):
-        bound = float(getattr(network.attention1, name).detach().abs().max())
+    for matrix in network.attention1.projection.detach().split(16):
+        bound = float(matrix.abs().max())
         assert bound == pytest.approx(math.sqrt(6 / 32), abs=0.02), "Xavier-uniform, 16 x 16"
 
 
 def slow_attention(layer, h, fields, head_slices):
     """One of AutoInt's layers for one sample, field by field and head by head."""
+    query, key, value, residual = layer.projection.split(layer.projection.shape[1])
     new = []
     for f in range(fields):
         out = []
@@ -144,12 +145,12 @@ def slow_attention(layer, h, fields, head_slices):
             size = c.stop - c.start
             scores = []
             for g in range(fields):
-                product = (h[f] @ layer.query)[c] @ (h[g] @ layer.key)[c]
+                product = (query @ h[f])[c] @ (key @ h[g])[c]
                 scores.append(product / math.sqrt(size))
             total = sum(s.exp() for s in scores)
-            values = [(h[g] @ layer.value)[c] for g in range(fields)]
+            values = [(value @ h[g])[c] for g in range(fields)]
             out.append(sum(s.exp() / total * v for s, v in zip(scores, values, strict=True)))
-        new.append((torch.cat(out) + h[f] @ layer.residual).clamp(min=0))
+        new.append((torch.cat(out) + residual @ h[f]).clamp(min=0))
     return new
 
 
@@ -429,6 +430,18 @@ def published_gradient(network, modules, batches, dev, importance, lr, look_back
     return -lr * torch.autograd.grad(field, importance, grad_outputs=p)[0]
 
 
+def silu():
+    """EfficientNet's activation, whose gradient knows no forward mode."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 5, stride=4),
+        nn.BatchNorm2d(4),
+        nn.SiLU(inplace=True),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
+
+
 def make_of(backbone, classes=(3, 2), **options):
     return lambda: make_problem(backbone, classes, **options)
 
@@ -443,6 +456,8 @@ PROBLEMS = {
     "resnet, five tasks": make_of(small_resnet, (3, 2, 2, 2, 2)),
     "dropout": make_of(dropout),
     "vit": make_of(small_vit, images=4),
+    "like timm": make_of(like_timm, images=4),
+    "silu": make_of(silu),
 }
 
 

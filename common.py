@@ -726,6 +726,16 @@ def hold_out(split: Split, fraction: float, generator: torch.Generator) -> tuple
     return split.take(kept.nonzero()[:, 0]), split.take(held_out)
 
 
+def join_splits(a: Split, b: Split) -> Split:
+    """The images of both."""
+    if isinstance(a.images, torch.Tensor):
+        images = torch.cat([a.images, b.images])
+    else:
+        images = a.images + b.images
+    auxiliary = None if a.auxiliary is None else torch.cat([a.auxiliary, b.auxiliary])
+    return Split(images, torch.cat([a.labels, b.labels]), auxiliary)
+
+
 def corrupt_labels(
     split: Split, fraction: float, num_classes: int, generator: torch.Generator
 ) -> tuple[Split, torch.Tensor]:

@@ -67,6 +67,7 @@ from common import (
     check_trunk,
     forever,
     hold_out,
+    join_splits,
     load_cifar100_people,
     load_cub200_parts,
     load_image_set,
@@ -237,6 +238,7 @@ class Batch(NamedTuple):
 
     x: torch.Tensor  # what the network takes, (B, ...)
     y: torch.Tensor  # classes (B,), -1 where there is no label; ratings are floats
+    weight: float = 1.0  # of the loss
 
 
 class SquaredNorm(NamedTuple):
@@ -266,7 +268,7 @@ def task_loss(network, batch, task: int):
     """L_task, a scalar, in an ordinary pass. batch: a Batch or a SquaredNorm."""
     if isinstance(batch, SquaredNorm):
         return batch.weight * squared_norm(dict(network.named_parameters()))
-    return prediction_loss(network(batch.x, task), batch.y)
+    return batch.weight * prediction_loss(network(batch.x, task), batch.y)
 
 
 def task_loss_at(network, batch, task: int, theta: dict):
@@ -281,12 +283,12 @@ def task_loss_at(network, batch, task: int, theta: dict):
     # fused attention has no second derivative
     with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(device):
         output = functional_call(network, theta | buffers, (batch.x, task))
-        return prediction_loss(output, batch.y)
+        return batch.weight * prediction_loss(output, batch.y)
 
 
 # -------- The two steps ---------------------------------------------------------------------------
 #
-# A step's data are `batches`, one for each loss, L_0's first: Batch(x, y), or SquaredNorm(weight).
+# A step's data are `batches`, one for each loss, L_0's first: a Batch, or SquaredNorm(weight).
 # `modules` are those of partition_modules: their parameters' names, by the modules' names.
 #
 # To copy: the sections Networks (with common.strip_classifier), Losses and this one.
@@ -835,13 +837,14 @@ def load_data(args) -> RunData:
     ]
     dev_size = args.dev_size or max(2, round(0.05 * len(train)))
     train, val = hold_out(train, 0.1, generator)
-    dev = None
-    if args.method in BILEVEL:
-        if dev_size >= len(train):
-            said = f"a D_dev of {dev_size} leaves nothing of {len(train)} training images"
-            raise InputError(said)
-        train, dev = hold_out(train, dev_size / len(train), generator)
+    if dev_size >= len(train):
+        said = f"a D_dev of {dev_size} leaves nothing of {len(train)} training images"
+        raise InputError(said)
+    train, dev = hold_out(train, dev_size / len(train), generator)
     hide_labels(train, args.label_fraction, generator)
+    if args.method not in BILEVEL:  # they train on D_dev, too, so that all see the same labels
+        train = join_splits(train, dev)
+        dev = None
     if args.method == "single":
         others = []
     return RunData(
@@ -932,18 +935,22 @@ def endless_batches(args, loaders, auxiliary):
     auxiliary: (N, K), the auxiliary labels of the one loader's images.
     """
     streams = [forever(loader) for loader in loaders]
+    weight = args.auxiliary_weight
     while True:
-        parts = [next(stream) for stream in streams]
-        batches = [Batch(x, y) for x, y, _ in parts]
-        x, _, index = parts[0]
+        x, y, index = next(streams[0])
+        batches = [Batch(x, y)]
+        for stream in streams[1:]:
+            x_own, y_own, _ = next(stream)
+            batches.append(Batch(x_own, y_own, weight))
         if args.method == "single" or args.dataset == PEOPLE:
             pass
         elif args.dataset == RATINGS:
-            batches.append(SquaredNorm(args.l2_weight))
+            batches.append(SquaredNorm(weight))
         elif auxiliary is not None:
-            batches += [Batch(x, labels) for labels in auxiliary[index].unbind(dim=1)]
+            batches += [Batch(x, labels, weight) for labels in auxiliary[index].unbind(dim=1)]
         else:
-            batches.append(Batch(*rotate_randomly(x)))
+            turned, turns = rotate_randomly(x)
+            batches.append(Batch(turned, turns, weight))
         yield batches
 
 
@@ -1174,7 +1181,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--preset", choices=["paper", "published-code"], default="paper", help="where they part")
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
-    add("--l2-weight", type=factor, default=1e-3, help="ratings: of ||theta||^2")
+    add("--auxiliary-weight", type=factor, help="of their losses (1; ratings 1e-3, equal 1)")
     add(
         "--partition",
         choices=["block", "parameter", "model"],
@@ -1221,6 +1228,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error(f"--preset {args.preset} is for --method maoal")
 
     recipe = RECIPES.get(kind, SMALL_IMAGES)
+    if args.auxiliary_weight is None:
+        args.auxiliary_weight = 1.0
+        if kind == RATINGS and args.method != "equal":
+            args.auxiliary_weight = 1e-3
     if args.momentum is not None and (args.optimizer or recipe["optimizer"]) != "sgd":
         p.error("--momentum is for --optimizer sgd")
     if args.max_steps is not None:

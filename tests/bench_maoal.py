@@ -80,7 +80,7 @@ def variants(args, device) -> dict:
             module_of.update(dict.fromkeys(names, j))
         theta = [parameters[name] for name in module_of]
         field = None
-        for i, (x, y) in enumerate(batches):
+        for i, (x, y, _) in enumerate(batches):
             loss = F.cross_entropy(functional_call(network, parameters, (x, i)), y)
             gradients = torch.autograd.grad(loss, theta, create_graph=True)
             if i == 0:
@@ -96,7 +96,7 @@ def variants(args, device) -> dict:
         network, optimizer, _, importance, batches = setting(k, published=True)
         theta, field = field_with_graph(k, importance)
         optimizer.zero_grad()
-        losses = [F.cross_entropy(network(x, i), y) for i, (x, y) in enumerate(batches)]
+        losses = [F.cross_entropy(network(x, i), y) for i, (x, y, _) in enumerate(batches)]
         torch.stack(losses).sum().backward()  # only the heads' gradients survive
         for p, gradient in zip(theta, field, strict=True):
             p.grad = gradient.detach()
@@ -104,7 +104,7 @@ def variants(args, device) -> dict:
 
     def published_upper(k):
         network, _, _, importance, batches = setting(k, published=True)
-        x, y = batches[0]
+        x, y, _ = batches[0]
         importance = importance.clone().requires_grad_()
         theta, field = field_with_graph(k, importance)
         v = torch.autograd.grad(F.cross_entropy(network(x), y), theta)

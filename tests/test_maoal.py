@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maoal
-from common import convnet4, resnet18_cifar, vgg16_cifar
+from common import convnet4, load_image_set, resnet18_cifar, vgg16_cifar
 from maoal import Batch, SquaredNorm
 
 torch.set_num_threads(1)
@@ -547,7 +547,7 @@ def quadratic_problem():
         rows.append(torch.cat([row[:1].expand(2), row[1:].expand(3)]))
     jacobian = 0
     right = 0
-    for row, (x, y) in zip(rows, batches, strict=True):
+    for row, (x, y, _) in zip(rows, batches, strict=True):
         jacobian = jacobian + 2 / 20 * row[:, None] * (x.T @ x)
         right = right + 2 / 20 * row * (x.T @ y)
     solution = torch.linalg.solve(jacobian, right)
@@ -563,7 +563,7 @@ def test_with_many_terms_it_is_the_exact_inverse():
     theta = torch.cat([network.first, network.second]).detach()
     v = 2 / 7 * dev.x.T @ (dev.x @ theta - dev.y)
     p = torch.linalg.solve(jacobian.T, v)  # lr times the Neumann series: (J^T)^-1 v
-    for i, (x, y) in enumerate(batches[1:]):
+    for i, (x, y, _) in enumerate(batches[1:]):
         g = 2 / 20 * x.T @ (x @ theta - y)
         for j, part in enumerate((slice(0, 2), slice(2, 5))):
             assert abs(float(got[i, j] + p[part] @ g[part])) < 1e-9 < abs(float(got[i, j]))
@@ -753,6 +753,72 @@ def test_development_validation_and_unlabelled_images():
     assert len(seen) == 1000, "no image is in two of them"
 
 
+def labelled_images(split) -> dict[bytes, int]:
+    """The images of a split that have a primary label, and it."""
+    found = {}
+    for image, label in zip(split.images, split.labels.tolist(), strict=True):
+        if label >= 0:
+            found[image.numpy().tobytes()] = label
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_all_methods_see_the_same_labels(seed):
+    """D_dev counts as labelled for those that use it; the others train on it."""
+    seen = {}
+    for method in maoal.METHODS:
+        args = arguments(method, "--label-fraction", "0.2", "--dev-size", "40")
+        args.seed = seed
+        data = maoal.load_data(args)
+        seen[method] = labelled_images(data.trains[0])
+        assert (data.dev is not None) == (method in maoal.BILEVEL)
+        if data.dev is not None:
+            seen[method] |= labelled_images(data.dev)
+            assert len(data.trains[0]) == 860
+        else:
+            assert len(data.trains[0]) == 900
+    labels = seen["maoal"]
+    assert len(labels) == 40 + 172
+    assert all(found == labels for found in seen.values())
+
+    counts = [list(labels.values()).count(c) for c in range(4)]
+    assert max(counts) - min(counts) <= 2, "spread over the classes"
+    train = load_image_set("synthetic").train
+    places = [i for i in range(len(train)) if train.images[i].numpy().tobytes() in labels]
+    first, second = (sum(i // 500 == half for i in places) for half in (0, 1))
+    assert min(first, second) > 80, "and over the set: not its first images"
+
+
+def test_auxiliary_weight_multiplies_each_auxiliary_loss():
+    for flags, expected in (
+        ("--dataset synthetic", 1.0),
+        ("--dataset synthetic --method equal --auxiliary-weight 0.3", 0.3),
+        ("--dataset movielens-1m", 1e-3),
+        ("--dataset movielens-1m --method gcs", 1e-3),
+        ("--dataset movielens-1m --method equal", 1.0),
+        ("--dataset movielens-1m --method equal --auxiliary-weight 0", 0.0),
+    ):
+        assert maoal.parse_args(flags.split()).auxiliary_weight == expected
+
+    network, modules, batches, dev, importance = make_problem()
+    weighted = [batches[0], *(batch._replace(weight=0.3) for batch in batches[1:])]
+    data = (network, weighted, dev, modules, importance)
+    _, field = maoal.module_weighted_gradients(
+        copy.deepcopy(network), weighted, modules, 2 * importance
+    )
+    _, expected = maoal.module_weighted_gradients(
+        copy.deepcopy(network), batches, modules, 0.6 * importance
+    )
+    for name in field:
+        if name.startswith("trunk."):
+            assert relative_difference(field[name], expected[name]) < 1e-12
+    got = maoal.importance_gradient(*data, lr=0.05, look_back=2)
+    plain = maoal.importance_gradient(
+        network, batches, dev, modules, 0.3 * importance, lr=0.05, look_back=2
+    )
+    assert relative_difference(got, 0.3 * plain) < 1e-10
+
+
 def test_tasks_of_people(tmp_path):
     write_cifar100(tmp_path, per_class=10)
     args = maoal.parse_args(["--data-root", str(tmp_path)])
@@ -866,6 +932,7 @@ def plain(tmp_path_factory) -> dict:
         "--upper-weight-decay 0.1",
         "--dev-size 20",
         "--label-fraction 0.5",
+        "--auxiliary-weight 0.5",
         "--train-fraction 0.5",
         "--batch-size 20",
         "--optimizer adam --lr 1e-3",

@@ -2482,8 +2482,13 @@ def check_trunk(trunk: Features, name: str, image_size: int) -> None:
     """Give a stripped classifier on the CPU the fastest memory layout that it runs in.
 
     That is channels-last, or the usual one where its forward has a .view() that needs it. Raises
-    InputError unless it turns images of `image_size` pixels into features of its width.
+    InputError unless it turns images of `image_size` pixels into features of its width, and has
+    something to train, which tasks can share.
     """
+    stripped = "without the last Linear or 1x1 convolution that it registers"
+    if not any(p.requires_grad for p in trunk.parameters()):
+        raise InputError(f"backbone {name}, {stripped}, has nothing to train")
+
     training = trunk.training
     for layout in (torch.channels_last, torch.contiguous_format):
         try:
@@ -2498,6 +2503,5 @@ def check_trunk(trunk: Features, name: str, image_size: int) -> None:
         if reason == f"it gives ({trunk.width},)":
             return
 
-    stripped = "without the last Linear or 1x1 convolution that it registers"
     wanted = f"turn {image_size}x{image_size} images into {trunk.width} features"
     raise InputError(f"backbone {name}, {stripped}, does not {wanted}: {reason}")

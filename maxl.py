@@ -664,16 +664,12 @@ def gradient_cosine(primary, x, y, labels, gamma: float = 2.0):
 
     As in the authors' code: of each parameter tensor, the mean cosine of the two gradients' rows
     (its first dimension), and of these the mean over the tensors. Leaves running statistics and
-    random state alone. Raises InputError if the trunk has nothing to train.
+    random state alone.
     """
     buffers = {name: b.clone() for name, b in primary.named_buffers()}
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         primary_logits, auxiliary_logits = functional_call(primary, buffers, (x,))
     trunk = [p for p in primary.trunk.parameters() if p.requires_grad]
-    if not trunk:
-        raise InputError(
-            "the trunk has no parameter to train, so there are no gradients to compare"
-        )
 
     l_prim = focal_loss(primary_logits, y, gamma).mean()
     l_aux = focal_loss(auxiliary_logits, labels, gamma).mean()

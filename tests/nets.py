@@ -154,7 +154,7 @@ def no_linear() -> nn.Module:
 
 
 def no_parameters() -> nn.Module:
-    """Its trunk, the network without the last layer, has nothing to train."""
+    """Has nothing to train but its last layer."""
     return nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10))
 
 

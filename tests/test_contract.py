@@ -724,6 +724,7 @@ WRONG = [
     ("--backbone nowhere.py:net", "nowhere.py"),
     (f"--backbone {NETS}:linear_first", "last Linear"),
     (f"--backbone {NETS}:for_64_pixels", "32x32"),
+    (f"--backbone {NETS}:no_parameters", "has nothing to train"),
     (f"--backbone {NETS}:torch", "nets.py"),
     (f"--backbone {NETS}:no_linear", "nets.py:no_linear: a ReLU without a Linear layer"),
     ("--backbone=", "unknown backbone ''"),

@@ -78,10 +78,11 @@ def one_line(error: Exception) -> str:
     lines = [" ".join(line.split()) for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    message = " ".join(lines[:2])
-    if len(lines) > 2:
-        message += f" (and {len(lines) - 2} more)"
-    return message
+    if lines[0].endswith(":") and len(lines) > 1:  # what announces a list
+        lines = lines[1:]
+    if len(lines) > 1:
+        return f"{lines[0]} (and {len(lines) - 1} more)"
+    return lines[0]
 
 
 def ensure_files(name: str, files: list[Path], download: Callable[[], object], hint: str) -> None:
@@ -1771,7 +1772,7 @@ class Samples:
     """
 
     x: torch.Tensor  # (N, ...), any dtype
-    y: torch.Tensor  # int64 (N,), the classes
+    y: torch.Tensor  # int64 (N,), the classes, or floats
     counts: torch.Tensor  # int64 (T,), how many samples each task has
 
     def take(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1890,6 +1891,23 @@ def load_mnist_pairs(
         train.append(encode_pair(train_split, pair, encoder))
         test.append(encode_pair(test_split, pair, encoder))
     return TaskSet(names, join(train), join(test), num_outputs=[1] * len(names))
+
+
+def load_fours(root: str | Path = "data", count: int = 10) -> TaskSet:
+    """Tasks that tell how bright a picture is at a place, as in Soft Layer Ordering (5, Table 1).
+
+    Each task is one of MNIST's pictures of a 4, the first `count` for training. All have the same
+    inputs x (784, 2), column and row from 0 to 1; y is a float from 0 to 1.
+    """
+    train, _ = read_mnist(Path(root).expanduser())
+    fours = train.images[train.labels == 4][:count]
+    if len(fours) < count:
+        raise InputError(f"fours: MNIST has {len(fours)} pictures of a 4, not {count}")
+    row, column = torch.meshgrid(torch.arange(28), torch.arange(28), indexing="ij")
+    x = torch.stack([column.flatten(), row.flatten()], dim=1) / 27
+    y = fours.flatten(1) / 255  # (T, 784)
+    names = [f"four-{task + 1}" for task in range(count)]
+    return TaskSet(names, Samples(x, y, torch.tensor([784])), None, num_outputs=[], num_inputs=[2])
 
 
 def read_mnist(root: Path) -> list[Split]:

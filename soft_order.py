@@ -26,7 +26,8 @@ Departures from the paper [P], which is in Keras and has no public code; [?]: wh
   are scaled by its range, test values clipped to it.
 - [?] omniglot: unpadded convolutions (they match [P]'s number of parameters), ink 1 and paper 0,
   splits stratified by character.
-- Not here: celeba (Fig. 7), whose second phase alone has RMSProp; the pictures of a 4 (Table 1).
+- [?] fours (Table 1, the pictures of a 4): Adam, all 784 pixels a step, 4,000 iterations.
+- Not here: celeba (Fig. 7), whose second phase alone has RMSProp; Fig. 6c's prior work.
 """
 
 import argparse
@@ -57,6 +58,7 @@ from common import (
     Samples,
     TaskLoader,
     TaskSet,
+    load_fours,
     load_mnist_pairs,
     load_omniglot,
     load_uci,
@@ -193,6 +195,7 @@ class Core(nn.Module):
     width: units of dense layers or, if convolutional, channels.
     activation: "relu" or "linear".  dropout: dropped share of each layer's output.
     identity_layer: soft order of dense layers has one more to mix, which returns its input (4.4).
+    independent: soft order's scalings do not sum to 1: s is the scores' sigmoid (Table 1).
     orders: for permuted, int64 (T, D): the layer of each task at each depth.
     Called with y^0, (T, B, width) or (T, B, C, H, W), C at most width; (1, B, ...) if all tasks
     have the same. Returns y^D, (T, B, ...).
@@ -210,6 +213,7 @@ class Core(nn.Module):
         activation: str = "relu",
         dropout: float = 0.0,
         identity_layer: bool = False,
+        independent: bool = False,
         orders=None,
     ):
         super().__init__()
@@ -220,6 +224,7 @@ class Core(nn.Module):
         self.num_tasks = num_tasks
         self.method = method
         self.dropout = dropout
+        self.independent = independent
 
         sets = num_tasks if method == "single" else 1
         if convolutional:
@@ -236,20 +241,34 @@ class Core(nn.Module):
     def forward(self, y):
         rate = self.dropout if self.training else 0.0
         if self.method == "soft":
-            return soft_order(self.scores, self.layers, y, rate)
+            return mix_layers(self.scalings(), self.layers, y, rate)
         if self.method == "permuted":
             return permuted_order(self.orders, self.layers, y, rate)
         if self.method == "parallel":
             return parallel_order(self.num_tasks, self.layers, y, rate)
         return single_order(self.layers, y, rate)
 
+    def scalings(self):
+        """Soft order's s, (T, L, D)."""
+        if self.independent:
+            return self.scores.sigmoid()
+        return self.scores.softmax(dim=1)
+
+
+class UnitMean(nn.Module):
+    """The decoder of Table 1, without weights: the mean over the units (T, B, M) is the answer."""
+
+    def forward(self, y):
+        return y.mean(dim=2)
+
 
 class MultiTaskNetwork(nn.Module):
     """D_i(core(E_i(x_i))) for all tasks at once.
 
-    encoder: a module for x (T or 1, B, ...).  core: a Core.  decoder: Heads for its flat outputs.
-    Called with x, returns logits (T, B, C), C the most classes of any task. Two classes with one
-    output z have the logits (0, z), whose softmax is the sigmoid of z.
+    encoder: a module for x (T or 1, B, ...).  core: a Core.
+    decoder: Heads or a UnitMean for its flat outputs.
+    Called with x, returns logits (T, B, C), C the most classes of any task, or a UnitMean's answers
+    (T, B). Two classes with one output z have the logits (0, z), whose softmax is the sigmoid of z.
     """
 
     def __init__(self, encoder: nn.Module, core: nn.Module, decoder: nn.Module):
@@ -260,10 +279,10 @@ class MultiTaskNetwork(nn.Module):
 
     def forward(self, x):
         y = self.core(self.encoder(x))
-        logits = self.decoder(y.flatten(2))
-        if logits.shape[2] == 1:
-            logits = F.pad(logits, (1, 0))
-        return logits
+        outputs = self.decoder(y.flatten(2))
+        if outputs.dim() == 3 and outputs.shape[2] == 1:
+            outputs = F.pad(outputs, (1, 0))
+        return outputs
 
 
 class SoftOrder(nn.Module):
@@ -340,15 +359,21 @@ class SoftOrder(nn.Module):
 # -------- Losses ----------------------------------------------------------------------------------
 
 
-def sample_losses(logits, y):
-    """The cross-entropy of each sample, (T, B), for logits (T, B, C) and classes y (T, B)."""
-    losses = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+def sample_losses(outputs, y):
+    """The loss of each sample, (T, B).
+
+    outputs: logits (T, B, C) for classes y (T, B), cross-entropy; or (T, B) for floats y of that
+        shape, the squared error.
+    """
+    if y.is_floating_point():
+        return (outputs - y).square()
+    losses = F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="none")
     return losses.view_as(y)
 
 
-def total_loss(logits, y):
-    """The sum over the tasks of the mean loss, a scalar, for logits (T, B, C) and y (T, B)."""
-    return sample_losses(logits, y).mean(dim=1).sum()
+def total_loss(outputs, y):
+    """The sum over the tasks of the mean loss, a scalar; outputs, y: as for sample_losses."""
+    return sample_losses(outputs, y).mean(dim=1).sum()
 
 
 # -------- The ordering ----------------------------------------------------------------------------
@@ -367,7 +392,11 @@ def soft_order(scores, layers, y, dropout: float = 0.0):
     y: y^0, (T, B, ...), or (1, B, ...) if all tasks have this input.
     dropout: dropped share of the layers' outputs.
     """
-    s = scores.softmax(dim=1)
+    return mix_layers(scores.softmax(dim=1), layers, y, dropout)
+
+
+def mix_layers(s, layers, y, dropout: float = 0.0):
+    """Eq. 7 with scalings s (T, L, D) of any kind. The rest: as for soft_order."""
     num_tasks, num_layers, depth = s.shape
     for k in range(depth):
         outputs = drop(layers(y), dropout, num_tasks)  # (T or 1, B, L or L - 1, ...)
@@ -441,8 +470,9 @@ def drop(y, rate: float, num_tasks: int):
 def training_step(network, optimizer, x, y):
     """An optimiser step on the total loss, which is returned, a scalar without gradient.
 
-    network: of x (T, B, ...), or (1, B, ...) if all tasks have this input, to logits (T, B, C).
-    y: classes (T, B).
+    network: of x (T, B, ...), or (1, B, ...) if all tasks have this input, to the outputs of
+        sample_losses.
+    y: as there.
     """
     loss = total_loss(network(x), y)
     optimizer.zero_grad()
@@ -465,7 +495,7 @@ def train(args) -> dict:
     loader = TaskLoader(tasks.train, batch_size, device, seed=args.seed)
     part = "test"
     samples = tasks.test
-    if samples is None:  # random labels can only be fitted
+    if samples is None:  # what can only be fitted
         part = "train"
         samples = tasks.train
     samples = samples.to(device)
@@ -506,7 +536,7 @@ def train(args) -> dict:
         metrics.update(speed(steps * batch_size * len(tasks.names), began, device))
         metrics.update(evaluate(network, samples, part))
         if args.method == "soft":
-            metrics.update(describe_scales(network.core.scores))
+            metrics.update(describe_scales(network.core.scalings()))
         check_finite(metrics, "loss", f"{part}_loss")
 
         history.append(metrics)
@@ -516,6 +546,8 @@ def train(args) -> dict:
     write_errors(folder, tasks.names, history, part)
     if args.method == "soft":
         write_scalings(folder, tasks.names, history, args.identity_layer)
+    if args.dataset == "fours":
+        write_sweeps(folder, network, samples)
     return summarize(folder, history, f"{part}_error", best=min)
 
 
@@ -531,6 +563,8 @@ def load_tasks(args) -> TaskSet:
 
     root = args.data_root
     names = args.task_names
+    if args.dataset == "fours":
+        return load_fours(root, args.tasks)
     if args.dataset == "mnist":
         options = {"count": args.tasks, "width": args.width, "seed": args.seed}
         return load_mnist_pairs(root, names, **options)
@@ -559,7 +593,9 @@ def build_network(args, tasks: TaskSet) -> MultiTaskNetwork:
     encoder = nn.Identity()
     if tasks.num_inputs is not None:
         widths = [args.width] * len(tasks.num_inputs)
-        encoder = nn.Sequential(Heads(tasks.num_inputs, widths), nn.ReLU())
+        encoder = Heads(tasks.num_inputs, widths)
+        if args.dataset != "fours":
+            encoder = nn.Sequential(encoder, nn.ReLU())
     core = Core(
         len(tasks.names),
         args.method,
@@ -569,8 +605,11 @@ def build_network(args, tasks: TaskSet) -> MultiTaskNetwork:
         activation=args.activation,
         dropout=args.dropout,
         identity_layer=args.identity_layer,
+        independent=args.dataset == "fours",
         orders=orders,
     )
+    if args.dataset == "fours":
+        return MultiTaskNetwork(encoder, core, UnitMean())
     features = args.width * math.prod(sides)
     decoder = Heads([features] * len(tasks.num_outputs), tasks.num_outputs)
     return MultiTaskNetwork(encoder, core, decoder)
@@ -591,8 +630,8 @@ def draw_orders(args, num_tasks: int):
 def evaluate(network, samples: Samples, part: str) -> dict:
     """Errors and loss on the samples of a part, "test" or "train", in eval mode.
 
-    PART_error: the mean over the tasks of the error in percent.  PART_loss: the sum over the tasks
-    of the mean loss.  task_errors: of each task, in percent.
+    PART_error: the mean over the tasks of the error in percent, of brightness its root mean square.
+    PART_loss: the sum over the tasks of the mean loss.  task_errors: of each task, in percent.
     """
     network.eval()
     counts = samples.counts
@@ -609,12 +648,16 @@ def evaluate(network, samples: Samples, part: str) -> dict:
         # A task with fewer samples repeats its first one, which does not count
         real = chunk < counts[:, None]  # (T, B)
         x, y = samples.take(chunk.where(real, 0))
-        logits = network(x)
-        wrong = wrong + ((logits.argmax(dim=2) != y) & real).sum(dim=1)
-        loss = loss + (sample_losses(logits, y) * real).sum(dim=1)
+        outputs = network(x)
+        losses = sample_losses(outputs, y) * real  # (T, B)
+        loss = loss + losses.sum(dim=1)
+        if not y.is_floating_point():
+            wrong = wrong + ((outputs.argmax(dim=2) != y) & real).sum(dim=1)
     network.train()
 
     errors = 100 * wrong / counts
+    if y.is_floating_point():
+        errors = 100 * (loss / counts).sqrt()
     return {
         f"{part}_error": float(errors.mean()),
         f"{part}_loss": float((loss / counts).sum()),
@@ -622,8 +665,8 @@ def evaluate(network, samples: Samples, part: str) -> dict:
     }
 
 
-def describe_scales(scores) -> dict:
-    """What the scores (T, L, D) say, by task, layer and depth.
+def describe_scales(s) -> dict:
+    """What the scalings s (T, L, D) say, by task, layer and depth.
 
     scales (T, L, D): s of Eq. 7.
     distance (L,): between two tasks' scalings of a layer, the mean over pairs of tasks (Fig. 4b).
@@ -631,7 +674,7 @@ def describe_scales(scores) -> dict:
     path (T, D): the layer with the largest scaling (Fig. 4d).
     use (L, D): a layer's scaling, the mean over the tasks (Figs. 6b, 7a-b).
     """
-    s = scores.detach().double().cpu().softmax(dim=1)
+    s = s.detach().double().cpu()
     distance = [0.0] * s.shape[1]
     if len(s) > 1:
         distance = [float(torch.pdist(of_layer).mean()) for of_layer in s.unbind(dim=1)]
@@ -691,6 +734,28 @@ def scale_table(labels: list[str], scales: list[list[float]]) -> list[str]:
     return lines
 
 
+@torch.no_grad()
+def write_sweeps(folder: Path, network: MultiTaskNetwork, samples: Samples) -> None:
+    """Table 1: what a task's image becomes while one scaling goes from 0 to 1, in sweeps.png.
+
+    A row for each of two tasks and three depths: the task's image, then what the network makes of
+    it with the first layer's scaling at that depth 0, 1/8, .., 1 and the others as they are.
+    """
+    x = samples.x[None].float()  # (1, N, 2)
+    side = math.isqrt(len(samples.x))
+    rows = []
+    for task in range(min(2, len(samples.y))):
+        for k in range(min(3, network.core.layers.depth)):
+            rows.append(samples.y[task])
+            for value in torch.linspace(0, 1, 9).tolist():
+                s = network.core.scalings()[task : task + 1].clone()
+                s[0, 0, k] = value
+                y = mix_layers(s, network.core.layers, network.encoder(x))
+                rows.append(network.decoder(y)[0])
+    images = torch.stack(rows).clamp(0, 1).view(-1, 1, side, side)
+    torchvision.utils.save_image(images, folder / "sweeps.png", nrow=10)
+
+
 # -------- Command line ----------------------------------------------------------------------------
 
 RECIPES = {  # the setting of each data set
@@ -722,6 +787,15 @@ RECIPES = {  # the setting of each data set
         "dropout": 0.5,
         "batch_size": 1,
         "max_steps": 5000,
+    },
+    "fours": {
+        "tasks": 10,
+        "width": 100,
+        "depth": 4,
+        "activation": "relu",
+        "dropout": 0.0,
+        "batch_size": None,
+        "max_steps": 4000,
     },
     "random": {
         "tasks": 2,
@@ -756,7 +830,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.error = fail  # one line, without the usage text
 
     add = p.add_argument_group("data").add_argument
-    add("--dataset", choices=RECIPES, default="mnist", help="random: Fig. 2; synthetic: made up")
+    add("--dataset", choices=RECIPES, default="mnist", help="fours: Table 1; random: Fig. 2")
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--tasks", type=count, help="how many (default: 10, omniglot 50, random 2)")
     add("--task-names", nargs="+", help="pairs of digits like 3-8, tables or alphabets")
@@ -795,6 +869,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--test-fraction is for --dataset uci and omniglot")
     if args.samples and "samples" not in recipe:
         p.error("--samples is for --dataset random")
+    if args.dataset == "fours" and args.method != "soft":
+        p.error("--dataset fours is for --method soft, whose scalings it shows")
     if args.identity_layer and (args.method != "soft" or args.dataset == "omniglot"):
         p.error("--identity-layer is for --method soft, and not for omniglot's shrinking images")
 
@@ -816,7 +892,7 @@ def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
     args = parse_args(argv)
     metric = "test_error"
-    if args.dataset == "random":
+    if args.dataset in ("random", "fours"):
         metric = "train_error"
     return run_seeds(args, train, metric)
 

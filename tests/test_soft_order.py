@@ -14,12 +14,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import relative_difference
+from PIL import Image
+from test_common import write_mnist
 from test_contract import refuses
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchvision.transforms.functional import to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import soft_order
-from common import UCI_TABLES, Samples, join
+from common import UCI_TABLES, InputError, Samples, join, load_fours
 
 torch.set_num_threads(1)
 
@@ -56,6 +58,8 @@ def slow_core(core, y):
             if core.method == "soft":
                 powers = [math.e ** core.scores[t, j, k] for j in range(core.scores.shape[1])]
                 s = [power / sum(powers) for power in powers]
+                if core.independent:
+                    s = [power / (1 + power) for power in powers]
                 mixed = sum(s[j] * slow_layer(core, weight[j], bias[j], z) for j in range(depth))
                 if len(s) > depth:
                     mixed = mixed + s[depth] * z
@@ -89,7 +93,8 @@ def values_and_gradients(run, core, y):
 
 
 OPTIONS = ({}, {"activation": "linear"}, {"convolutional": True})
-CASES = [*itertools.product(soft_order.METHODS, OPTIONS), ("soft", {"identity_layer": True})]
+CASES = [*itertools.product(soft_order.METHODS, OPTIONS)]
+CASES += [("soft", {"identity_layer": True}), ("soft", {"independent": True})]
 
 
 def name_case(value):
@@ -650,7 +655,7 @@ def test_describe_scales():
     scores = torch.full((2, 2, 2), -50.0)
     scores[0].fill_diagonal_(50.0)  # task 1: layer 1, then 2; task 2: layer 2, then 1
     scores[1] = scores[0].flip(0)
-    found = soft_order.describe_scales(scores)
+    found = soft_order.describe_scales(scores.softmax(dim=1))
     assert found["path"] == [[0, 1], [1, 0]]
     assert abs(found["hardness"] - 1) < 1e-6
     assert found["distance"] == pytest.approx([math.sqrt(2)] * 2, abs=1e-6)
@@ -658,10 +663,86 @@ def test_describe_scales():
     assert torch.allclose(use, torch.full((2, 2), 0.5)), "layer j at depth k, the tasks' mean"
 
     scores[1] = scores[0]
-    found = soft_order.describe_scales(scores)
+    found = soft_order.describe_scales(scores.softmax(dim=1))
     assert found["distance"] == [0, 0]
     assert torch.allclose(torch.tensor(found["use"]), torch.eye(2))
-    assert soft_order.describe_scales(torch.zeros(1, 3, 2))["distance"] == [0.0] * 3
+    assert soft_order.describe_scales(torch.ones(1, 3, 2) / 3)["distance"] == [0.0] * 3
+
+
+# -------- The pictures of a 4 ---------------------------------------------------------------------
+
+
+def write_noise(root) -> Path:
+    """MNIST with random pixels; the folder of its files."""
+    folder = write_mnist(root)
+    path = folder / "train-images-idx3-ubyte"
+    header = path.read_bytes()[:16]
+    pixels = torch.randint(256, (60 * 784,), generator=torch.Generator().manual_seed(0))
+    path.write_bytes(header + bytes(pixels.tolist()))
+    return folder
+
+
+def test_fours_are_pictures_as_functions_of_the_place(tmp_path):
+    folder = write_noise(tmp_path)
+    pixels = torch.tensor(list((folder / "train-images-idx3-ubyte").read_bytes()[16:]))
+    labels = torch.tensor(list((folder / "train-labels-idx1-ubyte").read_bytes()[8:]))
+    fours = pixels.view(-1, 28, 28)[labels == 4]
+    tasks = load_fours(tmp_path, 3)
+    x, y = tasks.train.take(torch.arange(784)[None])
+    assert x.shape == (1, 784, 2) and y.shape == (3, 784)
+    for place in (0, 5, 28, 783):
+        column, row = (27 * x[0, place]).round().int().tolist()
+        assert place == 28 * row + column
+        assert y[:, place].tolist() == pytest.approx((fours[:3, row, column] / 255).tolist())
+    with pytest.raises(InputError, match="pictures of a 4, not 50"):
+        load_fours(tmp_path, 50)
+
+
+def test_squared_errors_of_brightness():
+    y = torch.tensor([[0.0, 0.5], [1.0, 0.25]])
+    outputs = torch.tensor([[0.5, 0.5], [0.0, 0.5]])
+    losses = soft_order.sample_losses(outputs, y)
+    assert losses.tolist() == [[0.25, 0.0], [1.0, 0.0625]]
+    assert float(soft_order.total_loss(outputs, y)) == pytest.approx(0.125 + 0.53125)
+
+
+def test_a_run_on_fours_shows_what_one_scaling_does(tmp_path):
+    write_noise(tmp_path)
+    flags = ["--dataset", "fours", "--data-root", tmp_path, "--tasks", 3, "--epoch-steps", 30]
+    summary = run(tmp_path / "runs", *flags, "--max-steps", 60)
+    first, last = metrics_of(summary)
+    assert last["train_loss"] < first["train_loss"]
+    of_all = 100 * math.sqrt(last["train_loss"])
+    assert math.hypot(*last["task_errors"]) == pytest.approx(of_all, rel=1e-4)
+
+    folder = Path(summary["folder"])
+    args = soft_order.parse_args(["--dataset", "fours"])
+    args.tasks = 3
+    tasks = load_fours(tmp_path, 3)
+    network = soft_order.build_network(args, tasks)
+    state = torch.load(folder / "last.pt", weights_only=True)
+    network.load_state_dict(state["network"])
+    picture = pil_to_tensor(Image.open(folder / "sweeps.png"))[0] / 255
+    assert picture.shape == (6 * 30 + 2, 10 * 30 + 2)  # two pixels lie between pictures
+    y = network(tasks.train.x[None])
+    scores = network.core.scores.data
+    for row, (task, k) in enumerate([(t, k) for t in range(2) for k in range(3)]):
+        column = 7  # where the scaling is 6/8
+        top = 30 * row + 2
+        left = 30 * column + 2
+        found = picture[top : top + 28, left : left + 28]
+        kept = float(scores[task, 0, k])
+        scores[task, 0, k] = math.log(3)  # its sigmoid
+        expected = network(tasks.train.x[None])[task].clamp(0, 1).view(28, 28)
+        scores[task, 0, k] = kept
+        assert (found - expected).abs().max() < 0.003
+        assert (expected.flatten() - y[task]).abs().max() > 0.003, "the scaling does something"
+
+
+def test_fours_are_for_soft_order(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        soft_order.parse_args(["--dataset", "fours", "--method", "parallel"])
+    assert "--method soft" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

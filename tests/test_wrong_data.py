@@ -301,5 +301,6 @@ def test_a_home_folder_is_found(tmp_path, monkeypatch):
 
 def test_long_messages_are_cut_to_their_beginning():
     error = RuntimeError("Error(s) in loading:\n\tsize of a\n" + "\tsize of b\n" * 50)
-    assert common.one_line(error) == "Error(s) in loading: size of a (and 50 more)"
+    assert common.one_line(error) == "size of a (and 50 more)"
+    assert common.one_line(RuntimeError("one\ntwo")) == "one (and 1 more)"
     assert common.one_line(ValueError("")) == "ValueError"

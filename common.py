@@ -12,7 +12,7 @@ In this order:
     Scene sets        load_scene_set, SceneLoader; SceneCrops and augment for training on crops
     Ratings           load_movielens, split_ratings, RatingLoader
     Task collections  make_random_tasks, make_order_tasks, load_mnist_pairs, load_uci,
-                      load_omniglot, TaskLoader
+                      load_omniglot, load_celeba, TaskLoader
     Backbones         build_backbone, strip_classifier, check_trunk, SegNet
 
 A loader that draws random numbers owns their generator: `state_dict()` and `load_state_dict(state)`
@@ -24,11 +24,13 @@ import copy
 import importlib.util
 import itertools
 import math
+import os
 import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,6 +46,7 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -1795,6 +1798,7 @@ class TaskSet:
     test: Samples | None  # None: the labels are random, there is nothing to generalise
     num_outputs: list[int]  # of each task, 1 for two classes and one sigmoid
     num_inputs: list[int] | None = None  # features of each task; None: all x are of one shape
+    validation: Samples | None = None
 
     def __post_init__(self):
         for part, samples in (("training", self.train), ("test", self.test)):
@@ -2210,7 +2214,156 @@ def read_alphabet(folder: Path) -> Split:
         return Split(torch.stack(images).byte(), torch.tensor(labels))
 
 
-TASK_NAMES = {"mnist": MNIST_PAIRS, "uci": list(UCI_TABLES), "omniglot": OMNIGLOT_ALPHABETS}
+CELEBA_ATTRIBUTES = """
+    5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose
+    Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee
+    Gray_Hair Heavy_Makeup High_Cheekbones Male Mouth_Slightly_Open Mustache Narrow_Eyes No_Beard
+    Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Rosy_Cheeks Sideburns Smiling Straight_Hair
+    Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace Wearing_Necktie Young
+""".split()
+
+
+@dataclass
+class Faces(Samples):
+    """A part of CelebA: all tasks have the same images, which are read from a file in batches.
+
+    x: numpy's uint8 (N, 3, S, S), mapped from the file.  y: (T, N), the attributes, 1 or 0.
+    """
+
+    landmarks: torch.Tensor  # float (N, 10), x and y of eyes, nose and mouth's corners, from 0 to 1
+    device: torch.device | str = "cpu"
+
+    def take(self, index: torch.Tensor):
+        """x float (1, B, 3, S, S), 0 to 255, and (y (T, B), landmarks (B, 10)), on the device.
+
+        index: (1, B), on the CPU, as all is that is kept here.
+        """
+        rows = index[0]
+        batch = [
+            torch.from_numpy(self.x[rows.numpy()])[None],
+            self.y[:, rows],
+            self.landmarks[rows],
+        ]
+        if torch.device(self.device).type == "cuda":
+            batch = [part.pin_memory() for part in batch]
+        x, y, landmarks = [part.to(self.device, non_blocking=True) for part in batch]
+        return x.float(), (y, landmarks)
+
+    def to(self, device) -> "Faces":
+        return replace(self, device=device)
+
+
+def load_celeba(
+    root: str | Path = "data", names: list[str] | None = None, *, size: int = 224
+) -> TaskSet:
+    """CelebA's attributes with the official parts, as in Soft Layer Ordering (4.4).
+
+    The files are celeba/{list_eval_partition,list_attr_celeba,list_landmarks_align_celeba}.txt and
+    celeba/img_align_celeba/. Images are resized once, to size x size, and kept as
+    celeba/resized-SIZE.npy: 30 GB at 224.
+
+    names: some of CELEBA_ATTRIBUTES (default: all).
+    """
+    names = CELEBA_ATTRIBUTES if names is None else names
+    check_names("celeba", names)
+    root = Path(root).expanduser()
+    folder = root / "celeba"
+    part_list = folder / "list_eval_partition.txt"
+    attribute_list = folder / "list_attr_celeba.txt"
+    landmark_list = folder / "list_landmarks_align_celeba.txt"
+    pictures = folder / "img_align_celeba"
+    for path in (part_list, attribute_list, landmark_list, pictures):
+        if not path.exists():  # torchvision's download needs a package, and often fails
+            lists = "list_{eval_partition,attr_celeba,landmarks_align_celeba}.txt"
+            hint = f"put {lists} and img_align_celeba/ there"
+            raise InputError(f"celeba: no {path.name} in {folder}; {hint}")
+
+    _, files, parts = read_celeba_list(part_list, 1, header=0)
+    parts = class_indices(part_list, parts, 3)
+    if (parts.diff() < 0).any() or len(parts.unique()) < 3:
+        raise InputError(f"{part_list}: the parts are not 0, 1 and 2 in this order")
+    above, attribute_files, attributes = read_celeba_list(attribute_list, 40, header=2)
+    _, landmark_files, landmarks = read_celeba_list(landmark_list, 10, header=2)
+    for path, listed in ((attribute_list, attribute_files), (landmark_list, landmark_files)):
+        if listed != files:
+            raise InputError(f"{path} lists other images than {part_list.name}")
+    with reading(attribute_list):
+        titles = above[1].split()
+        attributes = attributes[:, [titles.index(name) for name in names]]
+    landmarks = landmarks / torch.tensor([178.0, 218.0] * 5)  # the aligned images' size
+    images = resized_images(folder / f"resized-{size}.npy", pictures, files, size)
+
+    splits = []
+    start = 0
+    for count in parts.bincount().tolist():
+        rows = slice(start, start + count)
+        y = (attributes[rows] > 0).long().T.contiguous()
+        splits.append(Faces(images[rows], y, torch.tensor([count]), landmarks[rows]))
+        start += count
+    train, validation, test = splits
+    return TaskSet(names, train, test, num_outputs=[1] * len(names), validation=validation)
+
+
+def read_celeba_list(
+    path: Path, columns: int, header: int
+) -> tuple[list[str], list[str], torch.Tensor]:
+    """The lines above the list, the images that it names, and their whole numbers (N, columns)."""
+    with reading(path):
+        lines = path.read_text().splitlines()
+    files = []
+    values = []
+    for number, line in enumerate(lines[header:], header + 1):
+        cells = line.split()
+        if len(cells) != columns + 1:
+            raise InputError(f"{path}, line {number}: {len(cells)} columns, not {columns + 1}")
+        files.append(cells[0])
+        with reading(path):
+            values.append([int(cell) for cell in cells[1:]])
+    if not files:
+        raise InputError(f"{path} lists no images")
+    return lines[:header], files, torch.tensor(values)
+
+
+def resized_images(path: Path, folder: Path, files: list[str], size: int) -> np.ndarray:
+    """The images `files` of a folder, uint8 (N, 3, size, size), mapped from `path`.
+
+    That file is written the first time: whole, or not at all.
+    """
+    shape = (len(files), 3, size, size)
+
+    def resized(name: str) -> np.ndarray:
+        with reading(folder / name), Image.open(folder / name) as image:
+            image = image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(image).transpose(2, 0, 1)
+
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # others may do the same now
+        try:
+            with open(temporary, "wb") as file, ThreadPoolExecutor() as pool:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                starts = range(0, len(files), 256)
+                for start in tqdm(starts, desc=f"writing {path.name}", leave=False, disable=None):
+                    for pixels in pool.map(resized, files[start : start + 256]):
+                        file.write(pixels.tobytes())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    with reading(path):
+        images = np.load(path, mmap_mode="r")
+    if images.shape != shape or images.dtype != np.uint8:
+        found = f"{images.dtype} {images.shape}, not uint8 {shape}"
+        raise InputError(f"{path} holds {found}; delete it, and it is made again")
+    return images
+
+
+TASK_NAMES = {
+    "mnist": MNIST_PAIRS,
+    "uci": list(UCI_TABLES),
+    "omniglot": OMNIGLOT_ALPHABETS,
+    "celeba": CELEBA_ATTRIBUTES,
+}
 
 
 def check_names(dataset: str, names: list[str]) -> None:
@@ -2252,6 +2405,14 @@ class TaskLoader(SeededLoader):
         # float32 might round up to 1, and so to the next task's first sample
         options = {"dtype": torch.float64, "generator": self.generator, "device": self.device}
         return (torch.rand(shape, **options) * counts[:, None]).long()
+
+
+class FaceLoader(TaskLoader):
+    """The same for Faces: drawn on the CPU, where the images are read, for batches on `device`."""
+
+    def __init__(self, faces: Faces, batch_size: int, device, *, seed: int = 0):
+        super().__init__(faces, batch_size, "cpu", seed=seed)
+        self.samples = faces.to(device)
 
 
 ####################################################################################################

@@ -53,11 +53,18 @@ import torchvision
 from tqdm import tqdm
 
 from common import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     TASK_NAMES,
+    FaceLoader,
+    Faces,
     InputError,
     Samples,
     TaskLoader,
     TaskSet,
+    build_backbone,
+    check_trunk,
+    load_celeba,
     load_fours,
     load_mnist_pairs,
     load_omniglot,
@@ -65,6 +72,7 @@ from common import (
     make_order_tasks,
     make_random_tasks,
     reading,
+    strip_classifier,
 )
 
 METHODS = ("soft", "parallel", "permuted", "single")  # single: core layers of its own for each task
@@ -285,6 +293,38 @@ class MultiTaskNetwork(nn.Module):
         return outputs
 
 
+class FaceNetwork(nn.Module):
+    """The network of CelebA's T attributes (4.4), and of the landmarks as one more task.
+
+    trunk: a classifier without its last layer, of `features` features. It runs once for all tasks.
+    core: a Core for T tasks, or T + 1 with landmarks.
+    Called with pixels x (1, B, 3, S, S) from 0 to 255, returns logits (T, B, 2), of classes with
+    one output as in MultiTaskNetwork, and the ten landmark values (B, 10), or None.
+    """
+
+    def __init__(self, trunk: nn.Module, features: int, core: Core, num_attributes: int):
+        super().__init__()
+        width = core.layers.weight.shape[2]
+        self.trunk = trunk
+        self.projection = Heads([features], [width])
+        self.core = core
+        self.decoder = Heads([width] * num_attributes, [1] * num_attributes)
+        self.landmarks = None
+        if core.num_tasks > num_attributes:
+            self.landmarks = Heads([width], [10])
+        mean = 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
+        std = 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1)
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, x):
+        features = self.trunk((x[0] - self.mean) / self.std)  # (B, features)
+        y = self.core(self.projection(features[None]))  # (T or T + 1, B, width)
+        if self.landmarks is None:
+            return F.pad(self.decoder(y), (1, 0)), None
+        return F.pad(self.decoder(y[:-1]), (1, 0)), self.landmarks(y[-1:])[0]
+
+
 class SoftOrder(nn.Module):
     """Eq. 7 around your own layer.
 
@@ -374,6 +414,19 @@ def sample_losses(outputs, y):
 def total_loss(outputs, y):
     """The sum over the tasks of the mean loss, a scalar; outputs, y: as for sample_losses."""
     return sample_losses(outputs, y).mean(dim=1).sum()
+
+
+def face_loss(outputs, y):
+    """The total loss of the attributes and, if they are learned, the landmarks' mean squared error.
+
+    outputs: FaceNetwork's.  y: classes (T, B), and landmarks (B, 10) from 0 to 1.
+    """
+    logits, places = outputs
+    classes, landmarks = y
+    loss = total_loss(logits, classes)
+    if places is not None:
+        loss = loss + (places - landmarks).square().mean()
+    return loss
 
 
 # -------- The ordering ----------------------------------------------------------------------------
@@ -467,14 +520,15 @@ def drop(y, rate: float, num_tasks: int):
     return y * kept.div_(1 - rate)
 
 
-def training_step(network, optimizer, x, y):
+def training_step(network, optimizer, x, y, loss_of=total_loss):
     """An optimiser step on the total loss, which is returned, a scalar without gradient.
 
     network: of x (T, B, ...), or (1, B, ...) if all tasks have this input, to the outputs of
         sample_losses.
     y: as there.
+    loss_of: what gives the loss, from outputs and y.
     """
-    loss = total_loss(network(x), y)
+    loss = loss_of(network(x), y)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -492,7 +546,8 @@ def train(args) -> dict:
     tasks = load_tasks(args)
     smallest, largest = [int(n) for n in tasks.train.counts.aminmax()]
     batch_size = args.batch_size or smallest
-    loader = TaskLoader(tasks.train, batch_size, device, seed=args.seed)
+    make_loader = FaceLoader if args.dataset == "celeba" else TaskLoader
+    loader = make_loader(tasks.train, batch_size, device, seed=args.seed)
     part = "test"
     samples = tasks.test
     if samples is None:  # what can only be fitted
@@ -507,6 +562,11 @@ def train(args) -> dict:
         "optimizer": optimizer,
         "loader": loader,
     }
+    loss_of = total_loss
+    if args.dataset == "celeba":
+        loss_of = face_loss
+        fine_tuner = torch.optim.RMSprop(network.parameters(), lr=1e-5, alpha=0.9)
+        state["fine_tuner"] = fine_tuner
 
     folder = open_run(args, device)
     history = load_checkpoint(folder, state)
@@ -521,9 +581,12 @@ def train(args) -> dict:
         steps = min(args.epoch_steps, args.max_steps - done)
         progress = tqdm(total=steps, desc=f"epoch {epoch + 1}", leave=False, disable=None)
         loss_sum = torch.zeros((), device=device)
+        stepper = optimizer
+        if args.dataset == "celeba" and has_converged(history):
+            stepper = fine_tuner
 
         for x, y in islice(loader, steps):
-            loss_sum += training_step(network, optimizer, x, y)
+            loss_sum += training_step(network, stepper, x, y, loss_of)
             progress.update()
 
         # The epoch's figures: its only reads from the device
@@ -534,10 +597,15 @@ def train(args) -> dict:
             "loss": float(loss_sum) / steps,
         }
         metrics.update(speed(steps * batch_size * len(tasks.names), began, device))
-        metrics.update(evaluate(network, samples, part))
+        if args.dataset == "celeba":
+            metrics["optimizer"] = type(stepper).__name__
+            metrics.update(evaluate_faces(network, tasks.validation.to(device), "validation"))
+            metrics.update(evaluate_faces(network, samples, part))
+        else:
+            metrics.update(evaluate(network, samples, part))
         if args.method == "soft":
             metrics.update(describe_scales(network.core.scalings()))
-        check_finite(metrics, "loss", f"{part}_loss")
+        check_finite(metrics, "loss", f"{part}_loss", "validation_loss")
 
         history.append(metrics)
         finish_epoch(folder, state, history, began)
@@ -545,10 +613,18 @@ def train(args) -> dict:
 
     write_errors(folder, tasks.names, history, part)
     if args.method == "soft":
-        write_scalings(folder, tasks.names, history, args.identity_layer)
+        names = tasks.names + ["landmarks"] * args.landmarks
+        write_scalings(folder, names, history, args.identity_layer)
     if args.dataset == "fours":
         write_sweeps(folder, network, samples)
     return summarize(folder, history, f"{part}_error", best=min)
+
+
+def has_converged(history: list[dict]) -> bool:
+    """Whether the validation loss has ever not become lower in two evaluations (A.4)."""
+    losses = [line["validation_loss"] for line in history]
+    splits = range(1, len(losses) - 1)
+    return any(min(losses[n : n + 2]) >= min(losses[:n]) for n in splits)
 
 
 # -------- Data and networks of the run ------------------------------------------------------------
@@ -575,11 +651,34 @@ def load_tasks(args) -> TaskSet:
         names = known[: args.tasks]
     if args.dataset == "uci":
         return load_uci(root, names, test_fraction=args.test_fraction)
+    if args.dataset == "celeba":
+        return load_celeba(root, names, size=args.image_size)
     return load_omniglot(root, names, test_fraction=args.test_fraction, seed=args.seed)
 
 
-def build_network(args, tasks: TaskSet) -> MultiTaskNetwork:
+def build_face_network(args, num_attributes: int) -> FaceNetwork:
+    """The network of the run on CelebA."""
+    trunk, features = strip_classifier(build_backbone(args.backbone, args.pretrained))
+    check_trunk(trunk, args.backbone, args.image_size)
+    num_tasks = num_attributes + args.landmarks
+    core = Core(
+        num_tasks,
+        args.method,
+        args.depth,
+        args.width,
+        activation=args.activation,
+        dropout=args.dropout,
+        identity_layer=args.identity_layer,
+        orders=draw_orders(args, num_tasks),
+    )
+    return FaceNetwork(trunk, features, core, num_attributes)
+
+
+def build_network(args, tasks: TaskSet) -> MultiTaskNetwork | FaceNetwork:
     """Encoder, core and decoder of the run's data set and method."""
+    if args.dataset == "celeba":
+        return build_face_network(args, len(tasks.names))
+
     image_sides = tasks.train.x.shape[2:]  # none of vectors
     sides = image_sides
     for _ in range(args.depth):
@@ -661,6 +760,28 @@ def evaluate(network, samples: Samples, part: str) -> dict:
     return {
         f"{part}_error": float(errors.mean()),
         f"{part}_loss": float((loss / counts).sum()),
+        "task_errors": errors.tolist(),
+    }
+
+
+@torch.no_grad()
+def evaluate_faces(network: FaceNetwork, faces: Faces, part: str) -> dict:
+    """The same for the attributes of faces."""
+    network.eval()
+    count = int(faces.counts)
+    wrong = 0
+    loss = 0
+    for rows in torch.arange(count).split(128):
+        x, (y, _) = faces.take(rows[None])
+        logits, _ = network(x)
+        wrong = wrong + (logits.argmax(dim=2) != y).sum(dim=1)
+        loss = loss + sample_losses(logits, y).sum()
+    network.train()
+
+    errors = 100 * wrong / count
+    return {
+        f"{part}_error": float(errors.mean()),
+        f"{part}_loss": float(loss / count),
         "task_errors": errors.tolist(),
     }
 
@@ -788,6 +909,18 @@ RECIPES = {  # the setting of each data set
         "batch_size": 1,
         "max_steps": 5000,
     },
+    "celeba": {
+        "tasks": 40,
+        "backbone": "resnet50",
+        "image_size": 224,
+        "width": 256,
+        "depth": 4,
+        "activation": "relu",
+        "dropout": 0.5,
+        "batch_size": 32,
+        "epoch_steps": 5000,  # about a pass over the training images
+        "max_steps": 100000,
+    },
     "fours": {
         "tasks": 10,
         "width": 100,
@@ -832,9 +965,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", choices=RECIPES, default="mnist", help="fours: Table 1; random: Fig. 2")
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
-    add("--tasks", type=count, help="how many (default: 10, omniglot 50, random 2)")
-    add("--task-names", nargs="+", help="pairs of digits like 3-8, tables or alphabets")
+    add("--tasks", type=count, help="how many (default: 10, omniglot 50, celeba 40, random 2)")
+    add("--task-names", nargs="+", help="pairs of digits like 3-8, tables, ..")
     add("--test-fraction", type=number(float, 1e-6, 0.99), help="default: uci 0.2, omniglot 0.1")
+    add("--image-size", type=count, help="celeba: side in pixels (default: 224)")
     add("--samples", type=count, help="random: samples of each task (default: 128)")
 
     add = p.add_argument_group("method").add_argument
@@ -843,13 +977,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--activation", choices=["relu", "linear"], help="random: linear is Fig. 2a, relu Fig. 2b")
     add("--dropout", type=share, help="of layers' outputs (default: 0.5, uci 0.8, made-up data 0)")
     add("--identity-layer", action="store_true", help="soft: mix in each depth's input, too (4.4)")
+    add("--landmarks", action="store_true", help="celeba: five landmarks' places as one more task")
+    add("--backbone", help="celeba: resnet50, any of torchvision's models, FILE.py:FUNCTION")
+    add("--pretrained", action=argparse.BooleanOptionalAction, help="celeba: from ImageNet weights")
 
     add = p.add_argument_group("optimisation").add_argument
     add("--epochs", type=count, help="of --epoch-steps iterations (default: until --max-steps)")
-    add("--epoch-steps", type=count, default=500, help="iterations between two evaluations")
-    add("--max-steps", type=count, help="iterations (mnist 20000, uci 10000, omniglot 5000, 4000)")
+    add("--epoch-steps", type=count, help="iterations between evaluations (500, celeba 5000)")
+    add("--max-steps", type=count, help="iterations (mnist 20000, uci 10000, celeba 100000, ..)")
     add("--batch-size", type=count, help="a task (default: 64, uci 32, omniglot 1, random all)")
-    add("--lr", type=rate, default=1e-3, help="of Adam, for the layers and the scores")
+    add("--lr", type=rate, default=1e-3, help="of Adam; celeba ends with RMSProp at 1e-5")
 
     add = p.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")
@@ -858,7 +995,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on after the run's last finished epoch")
     args = p.parse_args(argv)
 
-    recipe = RECIPES[args.dataset]
+    recipe = {"epoch_steps": 500} | RECIPES[args.dataset]
     if args.tasks and args.task_names:
         p.error("--tasks and --task-names both give the tasks; choose one")
     if args.tasks and args.dataset == "synthetic":
@@ -869,6 +1006,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--test-fraction is for --dataset uci and omniglot")
     if args.samples and "samples" not in recipe:
         p.error("--samples is for --dataset random")
+    for name in ("image_size", "landmarks", "backbone", "pretrained"):
+        if getattr(args, name) not in (None, False) and args.dataset != "celeba":
+            p.error(f"--{name.replace('_', '-')} is for --dataset celeba")
     if args.dataset == "fours" and args.method != "soft":
         p.error("--dataset fours is for --method soft, whose scalings it shows")
     if args.identity_layer and (args.method != "soft" or args.dataset == "omniglot"):
@@ -878,6 +1018,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         recipe = recipe | {"width": 16}  # Fig. 2b
     if args.task_names:
         args.tasks = len(args.task_names)
+    if args.pretrained is None:  # another backbone than the recipe's starts from scratch
+        args.pretrained = args.dataset == "celeba" and args.backbone in (None, recipe["backbone"])
+    args.epoch_steps = args.epoch_steps or recipe["epoch_steps"]
     if args.epochs is not None:
         iterations = args.epochs * args.epoch_steps
         args.max_steps = min(iterations, args.max_steps or iterations)

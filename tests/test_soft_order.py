@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -21,7 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import soft_order
-from common import UCI_TABLES, InputError, Samples, join, load_fours
+from common import (
+    CELEBA_ATTRIBUTES,
+    UCI_TABLES,
+    InputError,
+    Samples,
+    join,
+    load_celeba,
+    load_fours,
+)
 
 torch.set_num_threads(1)
 
@@ -599,6 +608,292 @@ def test_omniglot_runs_with_every_method(tmp_path, omniglot, method):
     assert summary["epochs"] == 2
     errors = (Path(summary["folder"]) / "task_errors.txt").read_text()
     assert "Greek" in errors and "Korean" in errors
+
+
+# -------- CelebA ----------------------------------------------------------------------------------
+
+FACES = "celeba"
+PARTS = [0] * 12 + [1] * 5 + [2] * 6  # training, validation, test
+
+
+def write_faces(root: Path) -> Path:
+    """Files in CelebA's layout: 23 small images, which are bright where the face smiles."""
+    folder = root / FACES
+    (folder / "img_align_celeba").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    attributes = torch.randint(2, (len(PARTS), 40), generator=generator)
+    names = [f"{i + 1:06d}.jpg" for i in range(len(PARTS))]
+    for name, row in zip(names, attributes, strict=True):
+        level = 60 + 120 * int(row[CELEBA_ATTRIBUTES.index("Smiling")])
+        image = torch.full((3, 24, 20), level, dtype=torch.uint8)
+        to_pil_image(image).save(folder / "img_align_celeba" / name)
+
+    rows = [f"{name} {part}" for name, part in zip(names, PARTS, strict=True)]
+    (folder / "list_eval_partition.txt").write_text("\n".join(rows) + "\n")
+    rows = [str(len(names)), " ".join(CELEBA_ATTRIBUTES)]
+    for name, row in zip(names, (2 * attributes - 1).tolist(), strict=True):
+        rows.append(f"{name} " + "".join(f"{value:3d}" for value in row))
+    (folder / "list_attr_celeba.txt").write_text("\n".join(rows) + "\n")
+    rows = [str(len(names)), "lefteye_x lefteye_y " + "xy " * 8]
+    rows += [f"{name} 89 109 0 0 178 218 {i} 1 2 3" for i, name in enumerate(names)]
+    (folder / "list_landmarks_align_celeba.txt").write_text("\n".join(rows) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> Path:
+    return write_faces(tmp_path_factory.mktemp("data"))
+
+
+NETS = Path(__file__).with_name("nets.py")
+
+
+def face_flags(root, *flags) -> list:
+    small = ["--image-size", 32, "--backbone", f"{NETS}:mlp", "--batch-size", 4]
+    return ["--dataset", "celeba", "--data-root", root, *small, *flags]
+
+
+def test_celeba_is_read_as_it_is_written(faces):
+    names = ["Smiling", "Bald"]
+    tasks = load_celeba(faces, names, size=16)
+    assert tasks.names == names
+    parts = [tasks.train, tasks.validation, tasks.test]
+    assert [int(part.counts) for part in parts] == [12, 5, 6]
+    lines = (faces / FACES / "list_attr_celeba.txt").read_text().splitlines()
+    for t, name in enumerate(names):
+        column = CELEBA_ATTRIBUTES.index(name) + 1
+        expected = [int(line.split()[column] == "1") for line in lines[2:]]
+        assert torch.cat([part.y[t] for part in parts]).tolist() == expected
+
+    rows = torch.tensor([[3, 0, 3]])
+    x, (y, landmarks) = tasks.test.take(rows)
+    assert x.shape == (1, 3, 3, 16, 16)
+    assert torch.equal(y, tasks.test.y[:, rows[0]])
+    assert (x[0].mean((1, 2, 3)) > 120).long().tolist() == y[0].tolist(), "images and labels agree"
+    assert landmarks[0, :6].tolist() == [0.5, 0.5, 0, 0, 1, 1]
+    assert landmarks[:, 6].tolist() == pytest.approx([20 / 178, 17 / 178, 20 / 178])
+
+
+def test_faces_are_resized_once_and_the_file_is_checked(tmp_path):
+    root = write_faces(tmp_path)
+    first = load_celeba(root, size=8).train.take(torch.arange(12)[None])[0]
+    kept = root / FACES / "resized-8.npy"
+    assert [path.name for path in kept.parent.glob("resized*")] == [kept.name]
+    for path in (root / FACES / "img_align_celeba").iterdir():
+        path.write_bytes(b"")  # not read again
+    again = load_celeba(root, size=8).train.take(torch.arange(12)[None])[0]
+    assert torch.equal(first, again)
+
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-1])
+    with pytest.raises(InputError, match=r"cannot read .*resized-8\.npy"):
+        load_celeba(root, size=8)
+    np.save(kept, np.zeros((23, 3, 8, 9), dtype=np.uint8))
+    with pytest.raises(InputError, match=r"resized-8\.npy holds .*delete it"):
+        load_celeba(root, size=8)
+    np.save(kept, np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"cannot read .*resized-8\.npy"):
+        load_celeba(root, size=8)
+    kept.unlink()
+    with pytest.raises(InputError, match=r"cannot read .*000001\.jpg"):
+        load_celeba(root, size=8)
+    assert not list(kept.parent.glob("resized*")), "whole or not at all"
+
+
+@pytest.mark.parametrize(
+    "name, old, new, said",
+    [
+        ("list_eval_partition", "000013.jpg 1", "000013.jpg 2", "are not 0, 1 and 2 in this order"),
+        ("list_eval_partition", "000013.jpg 1", "000013.jpg 3", "a label is 3"),
+        ("list_attr_celeba", "000002.jpg", "000099.jpg", "lists other images than"),
+        ("list_attr_celeba", "Smiling", "Similing", "'Smiling' is not in list"),
+        ("list_landmarks_align_celeba", " 89 109", " 89", "line 3: 10 columns, not 11"),
+        ("list_landmarks_align_celeba", " 89 109", " 89 x", "cannot read"),
+    ],
+)
+def test_wrong_lists_of_faces_are_named(tmp_path, name, old, new, said):
+    root = write_faces(tmp_path)
+    path = root / FACES / f"{name}.txt"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(InputError) as error:
+        load_celeba(root, size=8)
+    assert said in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_without_celeba_one_line_says_where_to_put_which_files(capsys, tmp_path):
+    line = refuses(soft_order, capsys, "--dataset", "celeba", "--data-root", tmp_path)
+    assert f"celeba: no list_eval_partition.txt in {tmp_path / FACES}; put list_{{eval" in line
+    assert "attr_celeba,landmarks_align_celeba}.txt and img_align_celeba/ there" in line
+
+
+CELEBAS_FLAGS = ["landmarks", "backbone resnet18", "backbone=", "image-size 8", "pretrained"]
+
+
+@pytest.mark.parametrize("flag", CELEBAS_FLAGS)
+def test_celebas_flags_are_for_celeba(capsys, flag):
+    line = refuses(soft_order, capsys, *f"--{flag}".split())
+    assert f"--{flag.split()[0].rstrip('=')} is for --dataset celeba" in line
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ("--backbone resnet19", "unknown backbone 'resnet19'"),
+        ("--backbone=", "unknown backbone ''"),
+        (f"--backbone {NETS}:linear_first", "last Linear"),
+        (f"--backbone {NETS}:no_parameters", "has nothing to train"),
+        ("--pretrained", "nets.py:mlp"),
+        ("--task-names Smiles", "unknown task 'Smiles' of celeba; known are 5_o_Clock_Shadow"),
+        ("--tasks 41", "celeba has 40 tasks, not 41"),
+        ("--batch-size 13", "a task with 12 training samples"),
+    ],
+)
+def test_what_does_not_fit_celeba_gets_one_line(capsys, tmp_path, faces, flags, said):
+    flags = face_flags(faces, *flags.split(), "--out-dir", tmp_path / "runs")
+    assert said in refuses(soft_order, capsys, *flags)
+    assert not (tmp_path / "runs").exists()
+
+
+def make_face_network(landmarks: bool, **options):
+    tasks = 3 + landmarks
+    core = make_core("soft", tasks=tasks, identity_layer=True, **options)
+    trunk = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(12, 5), nn.Tanh())
+    return soft_order.FaceNetwork(trunk, 5, core, 3).double()
+
+
+@pytest.mark.parametrize("landmarks", [False, True])
+def test_faces_network_and_loss_equal_one_task_at_a_time(landmarks):
+    network = make_face_network(landmarks)
+    x = 255 * torch.rand(1, 4, 3, 8, 8, dtype=torch.float64)
+    classes = torch.randint(2, (3, 4))
+    places = torch.rand(4, 10, dtype=torch.float64)
+    mean = torch.tensor([0.485, 0.456, 0.406]).double()
+    std = torch.tensor([0.229, 0.224, 0.225]).double()
+    pixels = (x[0] / 255).movedim(1, 3)
+    features = network.trunk(((pixels - mean) / std).movedim(3, 1))
+    y = features @ network.projection.weight[0].T + network.projection.bias[0]
+    y = slow_core(network.core, y[None])
+
+    expected = 0
+    for t in range(3):
+        z = y[t] @ network.decoder.weight[t, 0] + network.decoder.bias[t, 0]
+        p = 1 / (1 + (-z).exp())
+        expected = expected - torch.where(classes[t] == 1, p.log(), (1 - p).log()).mean()
+    if landmarks:
+        found = y[3] @ network.landmarks.weight[0].T + network.landmarks.bias[0]
+        expected = (
+            expected + sum((found[n] - places[n]) @ (found[n] - places[n]) for n in range(4)) / 40
+        )
+    loss = soft_order.face_loss(network(x), (classes, places))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert (network(x)[1] is None) != landmarks
+
+    parameters = dict(network.named_parameters())
+    fast = torch.autograd.grad(loss, list(parameters.values()))
+    slow = torch.autograd.grad(expected, list(parameters.values()))
+    for name, a, b in zip(parameters, fast, slow, strict=True):
+        assert b.abs().max() > 1e-9, f"{name} is tested on nothing"
+        assert relative_difference(a, b) < 1e-5, name  # mean and std are rounded to float32
+
+
+def test_celebas_encoder_runs_once_for_all_tasks():
+    network = make_face_network(True)
+    seen = []
+    network.trunk.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    network(torch.rand(1, 4, 3, 8, 8, dtype=torch.float64))
+    assert seen == [(4, 5)]
+
+
+SIX_ROWS = [
+    ["--method", "parallel"],
+    ["--method", "parallel", "--landmarks"],
+    ["--method", "soft"],
+    ["--method", "soft", "--landmarks"],
+    ["--method", "soft", "--identity-layer"],
+    ["--method", "soft", "--identity-layer", "--landmarks"],
+]
+
+
+@pytest.mark.parametrize("flags", SIX_ROWS, ids=" ".join)
+def test_the_six_rows_of_figure_7_run(tmp_path, faces, flags):
+    summary = run(tmp_path, *face_flags(faces, "--max-steps", 3, "--epoch-steps", 2, *flags))
+    assert 0 < summary["test_error"] < 100
+    lines = metrics_of(summary)
+    assert [line["optimizer"] for line in lines] == ["Adam", "Adam"]
+    assert [len(line["task_errors"]) for line in lines] == [40, 40]
+    if "soft" in flags:
+        tasks = 40 + ("--landmarks" in flags)
+        layers = 4 + ("--identity-layer" in flags)
+        assert torch.tensor(lines[-1]["scales"]).shape == (tasks, layers, 4)
+        scalings = (Path(summary["folder"]) / "scalings.txt").read_text()
+        assert ("task landmarks" in scalings) == ("--landmarks" in flags)
+
+
+def test_an_attribute_that_shows_is_learned(tmp_path, faces):
+    flags = ["--task-names", "Smiling", "--dropout", 0, "--max-steps", 60, "--epoch-steps", 30]
+    flags += ["--lr", 0.003]
+    assert run(tmp_path, *face_flags(faces, *flags))["test_error"] == 0
+
+
+@pytest.mark.parametrize(
+    "losses, converged",
+    [
+        ([], False),
+        ([3, 2], False),
+        ([3, 2, 2.5], False),
+        ([3, 2, 2.5, 1], False),
+        ([3, 2, 2.5, 2.1], True),
+        ([3, 2, 2, 2], True),
+        ([3, 2, 2.5, 2.1, 1, 0.5], True),  # once and for all
+    ],
+)
+def test_convergence_on_the_validation_loss(losses, converged):
+    history = [{"validation_loss": loss} for loss in losses]
+    assert soft_order.has_converged(history) == converged
+
+
+def test_rmsprop_fine_tunes_after_convergence_and_resumes(tmp_path, faces, monkeypatch):
+    """The third epoch's only step is RMSProp's first one: lr g / sqrt(0.1 g^2) of each weight."""
+    monkeypatch.setattr(soft_order, "has_converged", lambda history: len(history) >= 2)
+    flags = face_flags(faces, "--task-names", "Bald", "Smiling", "--landmarks", "--epoch-steps", 1)
+
+    def weights(folder):
+        return torch.load(Path(folder) / "last.pt", weights_only=True)["network"]
+
+    adam = run(tmp_path, *flags, "--max-steps", 2)
+    before = weights(adam["folder"])
+    summary = run(tmp_path / "whole", *flags, "--max-steps", 3)
+    after = weights(summary["folder"])
+    assert [line["optimizer"] for line in metrics_of(summary)] == ["Adam", "Adam", "RMSprop"]
+    step = (after["core.scores"] - before["core.scores"]).abs()
+    assert float(step.max()) == pytest.approx(1e-5 / math.sqrt(0.1), rel=0.05)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    whole = run(tmp_path / "4", *flags, "--max-steps", 4)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        log_epoch = soft_order.log_epoch
+        patch.setattr(
+            soft_order, "log_epoch", lambda m, *n: stop() if m["epoch"] == 3 else log_epoch(m, *n)
+        )
+        run(tmp_path / "halves", *flags, "--max-steps", 4)
+    resumed = run(tmp_path / "halves", *flags, "--max-steps", 4, "--resume")
+    for name, value in weights(whole["folder"]).items():
+        assert torch.equal(value, weights(resumed["folder"])[name]), name
+
+
+def test_celebas_defaults():
+    args = arguments("--dataset", "celeba")
+    assert (args.backbone, args.pretrained, args.image_size) == ("resnet50", True, 224)
+    assert (args.batch_size, args.dropout, args.epoch_steps, args.epochs) == (32, 0.5, 5000, 20)
+    assert not arguments("--dataset", "celeba", "--backbone", "resnet18").pretrained
+    assert arguments("--dataset", "celeba", "--backbone", "resnet18", "--pretrained").pretrained
+    assert not arguments("--dataset", "celeba", "--no-pretrained").pretrained
+    core = soft_order.Core(40, "soft", 4, 256)
+    network = soft_order.FaceNetwork(nn.Identity(), 2048, core, 40)
+    assert number_of_parameters(network) == 524544 + 263168 + 10280 + 640
 
 
 def test_real_runs(real_data, tmp_path):

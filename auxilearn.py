@@ -374,6 +374,13 @@ def trained_by(optimizer) -> list:
     return [p for p in parameters if p.requires_grad]
 
 
+def set_gradient(p, gradient) -> None:
+    """p.grad, lying in memory as p does: fused optimisers refuse others, or do not look at all."""
+    if gradient.stride() != p.stride():
+        gradient = torch.empty_like(p).copy_(gradient)
+    p.grad = gradient
+
+
 def gcs_step(primary, optimizer, x, y, combiner, losses, labels=None):
     """The step of gradient cosine similarity. Arguments and result are those of lower_step.
 
@@ -400,7 +407,7 @@ def gcs_step(primary, optimizer, x, y, combiner, losses, labels=None):
             total[i] = total[i] + gradient
 
     for p, gradient in zip(parameters, total, strict=True):
-        p.grad = gradient
+        set_gradient(p, gradient)
     optimizer.step()
     return values.detach().sum(), values.detach()
 
@@ -446,7 +453,7 @@ def upper_step(
         gradients = implicit_gradient(loss_lower, loss_upper, theta, phi, **options)
 
     for p, gradient in zip(phi, gradients, strict=True):
-        p.grad = gradient
+        set_gradient(p, gradient)
     norm = torch.nn.utils.clip_grad_norm_(phi, clip)
     optimizer.step()
     clamp_weights(combiner)

@@ -438,6 +438,50 @@ def test_gradient_cosine_similarity_drops_an_opposing_gradient(sign):
     )
 
 
+class UsualConv(nn.Module):
+    """A convolution that computes with a copy of its weight in the usual memory layout.
+
+    So its weight's gradient is in that layout too, whatever the weight's own is.
+    """
+
+    def __init__(self, channels, out):
+        super().__init__()
+        self.weight = nn.Parameter(0.1 * torch.randn(out, channels, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight.contiguous()).relu().mean((2, 3))
+
+
+@pytest.mark.parametrize("step", ["gcs", "upper"])
+def test_gradients_lie_in_memory_as_their_parameters(step):
+    """Adam with fused=True on the CPU walks through both as if they did."""
+    torch.manual_seed(0)
+    primary = auxilearn.PrimaryNetwork(UsualConv(3, 6), [nn.Linear(6, 3), nn.Linear(6, 6)])
+    label_network = auxilearn.LabelNetwork(nn.Sequential(UsualConv(3, 6), nn.Linear(6, 2)), [2] * 3)
+    combiner = auxilearn.MonotoneLinear(2, skip=True)
+    stepped = primary if step == "gcs" else label_network
+    stepped.to(memory_format=torch.channels_last)
+    (weight,) = [p for p in stepped.trunk.parameters() if p.dim() == 4]
+    assert not weight.is_contiguous()
+    x = torch.randn(6, 3, 5, 5)
+    y = torch.arange(6) % 3
+    before = [p.clone() for p in stepped.parameters()]
+
+    if step == "gcs":
+        optimizer = torch.optim.Adam(primary.parameters(), 0.1, fused=True)
+        auxilearn.gcs_step(primary, optimizer, x, y, combiner, image_losses, torch.arange(6))
+    else:
+        phi = [*combiner.parameters(), *label_network.parameters()]
+        optimizer = torch.optim.Adam(phi, 0.1, fused=True)
+        networks = (primary, combiner, label_network, optimizer)
+        auxilearn.upper_step(*networks, x, y, x, y, image_losses, clip=10.0)
+    for p, old in zip(stepped.parameters(), before, strict=True):
+        assert p.grad.stride() == p.stride()
+        moved = (old - p).sign()  # Adam's first step is the rate times the sign
+        assert torch.equal(moved, p.grad.sign())
+    assert len(weight.grad.sign().unique()) > 1
+
+
 # ---------------------------- Losses and metrics ----------------------------
 
 

@@ -15,7 +15,7 @@ set, along an implicit gradient with a truncated Neumann series.
     (6)  labels_phi(x, y) = softmax of phi's logits over the sub-classes of y, 0 elsewhere
     (7)  l(p, t) = -sum_k t_k (1 - p_k)^2 log p_k, the focal loss, t one-hot or soft (generate)
     (8)  g_phi = sum_i w_i l_i (linear; generate adds l_1), or a Softplus network plus l_1
-         (nonlinear); all w >= 0
+         (nonlinear; conv: of each pixel's losses); all w >= 0
 
     python auxilearn.py --dataset synthetic              96.3 % (chance 25 %), under a minute
     python auxilearn.py --mode combine --dataset synthetic-scenes        mIoU 57.6 %, two minutes
@@ -157,14 +157,43 @@ class MonotoneNonlinear(nn.Module):
             layers.append(nn.Softplus())
             width = next_width
         self.net = nn.Sequential(*layers, nn.Linear(width, 1, bias=False))
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            else:
-                nn.init.uniform_(p, 0, high)
+        start_monotone(self.net, high)
 
     def forward(self, losses):
         return self.net(losses).mean() + losses[:, 0].mean()
+
+
+class MonotoneConv(nn.Module):
+    """g of (8) on loss maps: convolutions with Softplus between them, plus the mean main loss.
+
+    Called with losses (B, K, H, W), H and W at least 4, main one first, returns a scalar: the mean
+    of the last map (B, 1, H // 4, W // 4).
+    """
+
+    def __init__(self, num_losses: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(num_losses, 8, 3, padding=1),
+            nn.Softplus(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(8, 16, 3, padding=1),
+            nn.Softplus(),
+            nn.AvgPool2d(2),
+            nn.Conv2d(16, 1, 1, bias=False),
+        )
+        start_monotone(self.net, high=0.1)
+
+    def forward(self, losses):
+        return self.net(losses).mean() + losses[:, 0].mean()
+
+
+def start_monotone(net: nn.Module, high: float) -> None:
+    """Weights from U(0, high), biases 0."""
+    for name, p in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(p)
+        else:
+            nn.init.uniform_(p, 0, high)
 
 
 class WeightedSum(nn.Module):
@@ -208,10 +237,13 @@ def clamp_weights(combiner: nn.Module) -> None:
 
 
 def effective_weights(combiner: nn.Module, losses):
-    """dg / dl_i at mean losses (K,), their weight in a step on W: (K,)."""
+    """dg / dl_i at mean losses (K,), their weight in a step on W: (K,).
+
+    losses: or mean loss maps (K, H, W); then of a change of l_i in all pixels.
+    """
     losses = losses.detach().requires_grad_()
     (weights,) = torch.autograd.grad(combiner(losses[None]), losses)
-    return weights
+    return weights.reshape(len(weights), -1).sum(dim=1)
 
 
 # -------- Losses ----------------------------------------------------------------------------------
@@ -260,25 +292,37 @@ def image_losses(outputs, y, labels=None, factor: float = 0.25):
     return torch.stack(losses, dim=1)
 
 
-def scene_losses(outputs, y, labels=None):
-    """Each scene's losses (B, K) from the first K of class logits, depth and normals.
+def scene_loss_maps(outputs, y, labels=None):
+    """Each pixel's losses (B, K, H, W) from the first K of class logits, depth and normals.
 
     y: segmentation (B, H, W), -1 where there is none; depth (B, H, W), 0 where unknown; unit
         normals (B, 3, H, W).
-    Cross-entropy, summed over labelled pixels and divided by the number of all; |depth difference|
-    and 1 - cosine in the mean of the pixels that have a depth. labels: not used.
+    Cross-entropy, 0 where there is no label; |depth difference|, 0 where unknown; 1 - cosine, 1
+    where the depth is unknown. labels: not used.
     """
     segmentation, depth, normals = y
-    cross_entropy = F.cross_entropy(outputs[0], segmentation, ignore_index=-1, reduction="none")
-    losses = [cross_entropy.mean((1, 2))]
     known = depth != 0  # (B, H, W)
-    pixels = known.sum((1, 2)).clamp(min=1)
+    maps = [F.cross_entropy(outputs[0], segmentation, ignore_index=-1, reduction="none")]
     if len(outputs) > 1:
-        difference = (outputs[1][:, 0] - depth).abs()
-        losses.append((difference * known).sum((1, 2)) / pixels)
+        maps.append((outputs[1][:, 0] - depth).abs() * known)
     if len(outputs) > 2:
-        distance = 1 - F.cosine_similarity(outputs[2], normals, dim=1)
-        losses.append((distance * known).sum((1, 2)) / pixels)
+        cosine = F.cosine_similarity(outputs[2], normals, dim=1)
+        maps.append(1 - cosine * known)
+    return torch.stack(maps, dim=1)
+
+
+def scene_losses(outputs, y, labels=None):
+    """Each scene's losses (B, K), of scene_loss_maps, whose arguments are the same.
+
+    Segmentation: the mean over all pixels, also those without a label. Depth and normals: the mean
+    over those that have a depth, 0 if none has.
+    """
+    maps = scene_loss_maps(outputs, y)
+    known = y[1] != 0
+    pixels = known.sum((1, 2)).clamp(min=1)
+    losses = [maps[:, 0].mean((1, 2))]
+    for error in maps.unbind(dim=1)[1:]:
+        losses.append((error * known).sum((1, 2)) / pixels)
     return torch.stack(losses, dim=1)
 
 
@@ -359,10 +403,10 @@ def vector_jacobian(vectors, gradients, inputs, last: bool = False):
 def lower_step(primary, optimizer, x, y, combiner, losses, labels=None):
     """An optimiser step on W, (1), with phi fixed.
 
-    losses: image_losses or scene_losses.  labels: the auxiliary ones, of images.
-    Returns L_T, a scalar, and the batch's mean losses (K,), both without gradient.
+    losses: image_losses, scene_losses or scene_loss_maps.  labels: the auxiliary ones, of images.
+    Returns L_T, a scalar, and the batch's mean losses, (K,) or (K, H, W), both without gradient.
     """
-    values = losses(primary(x), y, labels)  # (B, K)
+    values = losses(primary(x), y, labels)  # (B, K) or (B, K, H, W)
     loss = combiner(values)
     optimizer.zero_grad()
     loss.backward(inputs=trained_by(optimizer))  # and not phi
@@ -374,6 +418,13 @@ def trained_by(optimizer) -> list:
     """The parameters that an optimiser changes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return [p for p in parameters if p.requires_grad]
+
+
+def set_gradient(p, gradient) -> None:
+    """p.grad, lying in memory as p does: fused optimisers refuse others, or do not look at all."""
+    if gradient.stride() != p.stride():
+        gradient = torch.empty_like(p).copy_(gradient)
+    p.grad = gradient
 
 
 def gcs_step(primary, optimizer, x, y, combiner, losses, labels=None):
@@ -405,13 +456,6 @@ def gcs_step(primary, optimizer, x, y, combiner, losses, labels=None):
         set_gradient(p, gradient)
     optimizer.step()
     return values.detach().sum(), values.detach()
-
-
-def set_gradient(p, gradient) -> None:
-    """p.grad, lying in memory as p does: fused optimisers walk through both without a look."""
-    if gradient.stride() != p.stride():
-        gradient = torch.empty_like(p).copy_(gradient)
-    p.grad = gradient
 
 
 def upper_step(
@@ -502,6 +546,8 @@ def train(args) -> dict:
         primary = build_scene_network(args, data)
         label_network = None
         losses = scene_losses
+        if args.combiner == "conv":
+            losses = scene_loss_maps
         tasks = ["segmentation", "depth", "normals"][: len(primary.heads)]
     else:
         primary, label_network = build_image_networks(args, data)
@@ -565,7 +611,7 @@ def train(args) -> dict:
         lr = optimizer.param_groups[0]["lr"]
         progress = tqdm(total=steps, desc=f"epoch {epoch + 1}", leave=False, disable=None)
         loss_sum = torch.zeros((), device=device)
-        mean_losses = torch.zeros(len(tasks), device=device)
+        mean_losses = 0  # (K,), or maps (K, H, W)
         norm_sum = torch.zeros((), device=device)
         upper_steps = 0
         if args.method == "auxilearn":
@@ -582,7 +628,7 @@ def train(args) -> dict:
                     labels = label_network(x, y)
             loss, batch_losses = take_step(primary, optimizer, x, y, combiner, losses, labels)
             loss_sum += loss
-            mean_losses += batch_losses
+            mean_losses = mean_losses + batch_losses
 
             # Now and then one on phi with W fixed, (2) to (5)
             done = epoch * steps + step + 1
@@ -618,7 +664,7 @@ def train(args) -> dict:
         mean_losses = mean_losses / steps
         weights = effective_weights(combiner, mean_losses)
         for i, task in enumerate(tasks):
-            metrics[f"{task}_loss"] = float(mean_losses[i])
+            metrics[f"{task}_loss"] = float(mean_losses[i].mean())
             metrics[f"{task}_weight"] = float(weights[i])
         if label_network is not None:  # l_2 has a factor of its own
             metrics["auxiliary_weight"] *= 0.25
@@ -754,6 +800,8 @@ def build_combiner(args, num_losses: int) -> nn.Module:
         return WeightedSum(num_losses)
     if args.combiner == "linear":
         return MonotoneLinear(num_losses, skip=args.mode == "generate")
+    if args.combiner == "conv":
+        return MonotoneConv(num_losses)
     high = 0.2 if args.mode == "generate" else 1.0
     return MonotoneNonlinear(num_losses, args.hidden, high)
 
@@ -944,6 +992,7 @@ OXFORD_PET = IMAGES | {
     "train_fraction": 0.3,  # 30 images a class
     "aux_set": 0.0084,  # 9 of them all
 }
+CUB200 = OXFORD_PET | {"train_fraction": 1.0}  # 30 images a class; 50 of them all are held out
 SYNTHETIC = IMAGES | {
     "backbone": "convnet4",
     "epochs": 4,
@@ -983,8 +1032,14 @@ SYNTHETIC_SCENES = NYUV2 | {
     "width": 8,
     "levels": 3,
 }
+CONV = {  # what --combiner conv changes
+    "upper_lr": 1e-4,
+    "upper_weight_decay": 1e-5,
+    "clip": 100.0,
+}
 RECIPES = {  # the defaults of a data set; of the others: IMAGES
     "oxford-pet": OXFORD_PET,
+    "cub200": CUB200,
     "synthetic": SYNTHETIC,
     "nyuv2": NYUV2,
     "synthetic-scenes": SYNTHETIC_SCENES,
@@ -1021,7 +1076,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--width", type=count, help="of SegNet's first level (default: 64; synthetic-scenes 8)")
     add("--levels", type=number(int, 2, 5), help="of SegNet (default: 5; synthetic-scenes 3)")
     add("--psi", type=number(int, 1, 9999), help="generate: sub-classes a class (default: 5)")
-    add("--combiner", choices=["linear", "nonlinear"], default="linear", help="g of (8)")
+    combiners = ["linear", "nonlinear", "conv"]
+    add("--combiner", choices=combiners, default="linear", help="g of (8); combine: conv")
     add("--hidden", type=count, nargs="+", help="of the nonlinear g (default: 10 10; combine 3)")
     add("--upper-every", type=count, help="steps on W for each on phi (default: 30; nyuv2 50)")
     add("--upper-batch-size", type=number(int, 2), help="of (3) (default: --batch-size; nyuv2 2)")
@@ -1060,6 +1116,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--momentum is for --optimizer sgd")
     if args.optimizer is not None and args.optimizer != "sgd":
         recipe = recipe | {"momentum": 0.0}
+    if args.combiner == "conv":
+        recipe = recipe | CONV
     if args.max_steps is not None:
         recipe = recipe | {"epochs": 1}
     for name, value in recipe.items():
@@ -1097,7 +1155,9 @@ def check_mode(args, p) -> None:
     for name in foreign:
         if getattr(args, name) is not None:
             p.error(f"--{name.replace('_', '-')} is not for --mode {args.mode}")
-    if args.hidden is not None and args.combiner == "linear":
+    if args.combiner == "conv" and args.mode == "generate":
+        p.error("--combiner conv is for --mode combine")
+    if args.hidden is not None and args.combiner != "nonlinear":
         p.error("--hidden is for --combiner nonlinear")
     if args.method != "auxilearn" and (args.combiner != "linear" or args.aux_set is not None):
         p.error(f"--combiner and --aux-set are for --method auxilearn, not for {args.method}")

@@ -1,6 +1,6 @@
 """AuxiLearn: its maths in float64 against slow versions, and its claim where it is known."""
 
-import copy
+import itertools
 import json
 import math
 import statistics
@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import relative_difference
 from nets import dropout, mlp, small_vit, smooth
-from test_common import write_cifar100, write_nyuv2
+from test_common import write_cifar100, write_image, write_nyuv2
 from test_contract import checkpoint, numbers, same_state
 from torch.autograd import forward_ad
 from torch.func import functional_call
@@ -354,6 +354,84 @@ def test_combiners_match_loops_and_are_monotone():
         assert (slopes >= 0).all() and slopes.abs().max() > 0
 
 
+def convolve(maps, weight, bias, padding):
+    """A convolution of maps, lists [channel][row][column], written out, zeros around."""
+    height = len(maps[0])
+    width = len(maps[0][0])
+
+    def pixel(c, i, j):
+        inside = 0 <= i < height and 0 <= j < width
+        return maps[c][i][j] if inside else 0.0
+
+    result = []
+    for kernels, constant in zip(weight, bias, strict=True):
+        rows = []
+        for i in range(height):
+            row = []
+            for j in range(width):
+                total = constant
+                for c, kernel in enumerate(kernels):
+                    for di, line in enumerate(kernel):
+                        for dj, w in enumerate(line):
+                            total += w * pixel(c, i + di - padding, j + dj - padding)
+                row.append(total)
+            rows.append(row)
+        result.append(rows)
+    return result
+
+
+def softplus_and_pool(maps):
+    """The mean of log(1 + exp) over blocks of 2x2; a last odd row or column is left out."""
+    soft = [[[math.log1p(math.exp(v)) for v in row] for row in rows] for rows in maps]
+    pooled = []
+    for rows in soft:
+        even = []
+        for i in range(0, len(rows) - 1, 2):
+            at = range(0, len(rows[0]) - 1, 2)
+            even.append([sum(rows[i + k][j + m] for k in (0, 1) for m in (0, 1)) / 4 for j in at])
+        pooled.append(even)
+    return pooled
+
+
+def test_the_conv_combiner_matches_loops_and_is_monotone():
+    """3x3 convolutions to 8 and 16 maps, Softplus and pooling after each, a 1x1 one, the mean."""
+    torch.manual_seed(0)
+    net = auxilearn.MonotoneConv(3).double()
+    losses = 3 * torch.rand(2, 3, 8, 9, dtype=torch.float64)
+    parameters = list(net.net.parameters())
+    assert [tuple(p.shape) for p in parameters[::2]] == [(8, 3, 3, 3), (16, 8, 3, 3), (1, 16, 1, 1)]
+    for p in parameters:
+        if p.dim() == 4:
+            assert p.min() >= 0 and 0.05 < p.max() <= 0.1
+        else:
+            assert (p == 0).all()
+            nn.init.normal_(p)
+    first, first_bias, second, second_bias, last = [p.tolist() for p in parameters]
+    expected = 0
+    for maps in losses.tolist():
+        main = [v for row in maps[0] for v in row]
+        maps = softplus_and_pool(convolve(maps, first, first_bias, 1))
+        maps = softplus_and_pool(convolve(maps, second, second_bias, 1))
+        ((*rows,),) = convolve(maps, last, [0.0], 0)
+        values = [v for row in rows for v in row]
+        assert len(values) == 4
+        expected += sum(main) / len(main) / 2 + sum(values) / 4 / 2
+    assert abs(net(losses).item() - expected) < 1e-12
+
+    losses.requires_grad_()
+    (slopes,) = torch.autograd.grad(net(losses), losses)
+    assert (slopes[..., :8] > 0).all(), "the last of nine columns is pooled away but for its loss"
+    mean = losses.detach().mean(dim=0)
+    step = 1e-5 * torch.eye(3, dtype=torch.float64)[:, :, None, None]
+    slopes = [(net((mean + s)[None]) - net((mean - s)[None])).item() / 2e-5 for s in step]
+    got = auxilearn.effective_weights(net, mean)
+    assert got.tolist() == pytest.approx(slopes, rel=1e-6)
+    with torch.no_grad():
+        parameters[0].sub_(1)
+    auxilearn.clamp_weights(net)
+    assert (parameters[0] == 0).all() and (parameters[1] < 0).any()
+
+
 def test_clamped_weights_are_never_negative_and_biases_are_free():
     net = auxilearn.MonotoneNonlinear(3, [4])
     for p in net.parameters():
@@ -421,37 +499,48 @@ def test_gradient_cosine_similarity_drops_an_opposing_gradient(sign):
     )
 
 
-class Patch(nn.Module):
-    """One product with a weight that lies channels-last: its gradient does not."""
+class UsualConv(nn.Module):
+    """A convolution that computes with a copy of its weight in the usual memory layout.
 
-    def __init__(self):
+    So its weight's gradient is in that layout too, whatever the weight's own is.
+    """
+
+    def __init__(self, channels, out):
         super().__init__()
-        weight = torch.randn(5, 3, 2, 2).to(memory_format=torch.channels_last)
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(0.1 * torch.randn(out, channels, 3, 3))
 
     def forward(self, x):
-        return x.flatten(1) @ self.weight.reshape(5, 12).T
+        return F.conv2d(x, self.weight.contiguous()).relu().mean((2, 3))
 
 
-def test_fused_steps_get_gradients_that_lie_as_their_parameters():
-    """Else fused Adam moves the wrong entries on a CPU, and refuses on CUDA."""
-
-    def losses(outputs, y, labels):
-        return torch.cat([(out - y).square() for out in outputs], dim=1)
-
+@pytest.mark.parametrize("step", ["gcs", "upper"])
+def test_gradients_lie_in_memory_as_their_parameters(step):
+    """Adam with fused=True on the CPU walks through both as if they did."""
     torch.manual_seed(0)
-    x = torch.randn(6, 3, 2, 2)
-    y = torch.randn(6, 1)
-    heads = [nn.Linear(5, 1), nn.Linear(5, 1)]
-    fused = auxilearn.PrimaryNetwork(Patch(), heads)
-    plain = copy.deepcopy(fused)
-    for network, options in ((fused, {"fused": True}), (plain, {"foreach": False})):
-        optimizer = torch.optim.Adam(network.parameters(), 0.1, **options)
-        for _ in range(3):
-            auxilearn.gcs_step(network, optimizer, x, y, None, losses)
-    for p, q in zip(fused.parameters(), plain.parameters(), strict=True):
-        assert torch.allclose(p, q, atol=1e-6)
-    assert fused.trunk.weight.grad.stride() == fused.trunk.weight.stride()
+    primary = auxilearn.PrimaryNetwork(UsualConv(3, 6), [nn.Linear(6, 3), nn.Linear(6, 6)])
+    label_network = auxilearn.LabelNetwork(nn.Sequential(UsualConv(3, 6), nn.Linear(6, 2)), [2] * 3)
+    combiner = auxilearn.MonotoneLinear(2, skip=True)
+    stepped = primary if step == "gcs" else label_network
+    stepped.to(memory_format=torch.channels_last)
+    (weight,) = [p for p in stepped.trunk.parameters() if p.dim() == 4]
+    assert not weight.is_contiguous()
+    x = torch.randn(6, 3, 5, 5)
+    y = torch.arange(6) % 3
+    before = [p.clone() for p in stepped.parameters()]
+
+    if step == "gcs":
+        optimizer = torch.optim.Adam(primary.parameters(), 0.1, fused=True)
+        auxilearn.gcs_step(primary, optimizer, x, y, combiner, image_losses, torch.arange(6))
+    else:
+        phi = [*combiner.parameters(), *label_network.parameters()]
+        optimizer = torch.optim.Adam(phi, 0.1, fused=True)
+        networks = (primary, combiner, label_network, optimizer)
+        auxilearn.upper_step(*networks, x, y, x, y, image_losses, clip=10.0)
+    for p, old in zip(stepped.parameters(), before, strict=True):
+        assert p.grad.stride() == p.stride()
+        moved = (old - p).sign()  # Adam's first step is the rate times the sign
+        assert torch.equal(moved, p.grad.sign())
+    assert len(weight.grad.sign().unique()) > 1
 
 
 # ---------------------------- Losses and metrics ----------------------------
@@ -523,6 +612,25 @@ def test_scene_losses_match_loops():
     got = scene_losses(outputs, (segmentation, depth, normals))
     assert relative_difference(got, expected) < 1e-12 and (got[2, 1:] == 0).all()
     assert torch.equal(scene_losses(outputs[:1], (segmentation, depth, normals)), got[:, :1])
+
+
+def test_scene_loss_maps_match_loops():
+    outputs, (segmentation, depth, normals) = tiny_scenes()
+    normals = normals + (depth == 0)[:, None]  # which are there, but not to be used
+    expected = torch.zeros(3, 3, 2, 3, dtype=torch.float64)
+    for n, i, j in itertools.product(range(3), range(2), range(3)):
+        z = outputs[0][n, :, i, j].tolist()
+        if segmentation[n, i, j] >= 0:
+            label = segmentation[n, i, j]
+            expected[n, 0, i, j] = math.log(sum(map(math.exp, z))) - z[label]
+        expected[n, 2, i, j] = 1
+        if depth[n, i, j] > 0:
+            expected[n, 1, i, j] = abs(outputs[1][n, 0, i, j] - depth[n, i, j])
+            m = outputs[2][n, :, i, j]
+            expected[n, 2, i, j] -= (m / m.norm()) @ normals[n, :, i, j]
+    got = auxilearn.scene_loss_maps(outputs, (segmentation, depth, normals))
+    assert relative_difference(got, expected) < 1e-12
+    assert (got[2, 1] == 0).all() and (got[2, 2] == 1).all()
 
 
 def test_scene_metrics_match_loops():
@@ -886,7 +994,9 @@ def test_every_flag_changes_what_it_says(flags, run):
     assert same == ("--workers" in flags)
 
 
-@pytest.mark.parametrize("flags", ["--levels 4", "--width 3", "--combiner nonlinear"])
+@pytest.mark.parametrize(
+    "flags", ["--levels 4", "--width 3", "--combiner nonlinear", "--combiner conv"]
+)
 def test_the_flags_of_combine_change_what_they_say(flags, tmp_path, few_scenes):
     (plain,) = metrics_of(run_with(f"{few_scenes} --max-steps 2", tmp_path / "plain"))
     changed_flags = f"{few_scenes} --max-steps 2 {flags}"
@@ -918,7 +1028,9 @@ def test_the_scripts_with_one_recipe_give_the_same_numbers(method, run):
         ("--method equal", "--method human"),
         ("--method single --aux-set 0.2", "are for --method auxilearn, not for single"),
         ("--method dwa --combiner nonlinear", "are for --method auxilearn, not for dwa"),
-        ("--dataset synthetic --combiner conv", "linear"),
+        ("--dataset synthetic --combiner conv", "--combiner conv is for --mode combine"),
+        ("--mode combine --combiner conv --hidden 4", "--hidden is for --combiner nonlinear"),
+        ("--mode combine --combiner cubic", "linear"),
         ("--neumann-steps -1", "int from 0"),
         ("--hidden 4", "--hidden is for --combiner nonlinear"),
         ("--mode combine --momentum 0.5", "--optimizer sgd"),
@@ -956,6 +1068,10 @@ def test_the_data_set_decides_the_defaults():
     pet = defaults("--dataset oxford-pet", *recipe)
     assert pet == ["resnet18", 150, 16, 1e-3, 0.9, "cosine"]
     assert defaults("--dataset oxford-pet", "train_fraction", "aux_set") == [0.3, 0.0084]
+    cub = defaults("--dataset cub200", *recipe, "train_fraction", "aux_set", "psi")
+    assert cub == [*pet, 1, 0.0084, 5]
+    conv = defaults("--mode combine --combiner conv", "upper_lr", "upper_weight_decay", "clip")
+    assert conv == [1e-4, 1e-5, 100.0]
     names = ("dataset", "optimizer", "lr", "levels", "width", "hidden", "clip", "epochs")
     nyu = defaults("--mode combine", *names)
     assert nyu == ["nyuv2", "adam", 1e-4, 5, 64, [3], 25.0, 200]
@@ -964,11 +1080,42 @@ def test_the_data_set_decides_the_defaults():
     assert small == [0.5, 7, 8, 3]
 
 
-def test_nyuv2_runs_on_made_files(tmp_path):
+@pytest.mark.parametrize("combiner", ["linear", "conv"])
+def test_nyuv2_runs_on_made_files(combiner, tmp_path):
     write_nyuv2(tmp_path, train=12, test=3, height=32, width=48)
-    flags = "--width 2 --max-steps 2 --batch-size 2 --upper-every 1 --aux-set 0.2"
-    summary = run_with(f"--mode combine --data-root {tmp_path} {flags}", tmp_path / "runs")
+    flags = "--width 2 --max-steps 2 --batch-size 2 --upper-every 1 --aux-set 0.2 --upper-lr 0.01 "
+    flags += f"--combiner {combiner} --data-root {tmp_path}"
+    summary = run_with(f"--mode combine {flags}", tmp_path / "runs")
     assert 0 <= summary["test_miou"] <= 100
+    (line,) = metrics_of(summary)
+    assert line["hypergradient_norm"] > 0
+    state = checkpoint(summary["folder"])["combiner"]
+    start = auxilearn.build_combiner(auxilearn.parse_args(["--mode", "combine"]), 3).state_dict()
+    if combiner == "linear":
+        assert state.keys() == start.keys() and not torch.equal(state["weight"], start["weight"])
+    else:
+        assert state["net.0.weight"].shape == (8, 3, 3, 3) and (state["net.0.bias"] != 0).any()
+
+
+def test_cub200_runs_on_made_files(tmp_path):
+    folder = tmp_path / "CUB_200_2011"
+    columns = {"images": [], "image_class_labels": [], "train_test_split": []}
+    for i in range(24):
+        name = f"{i % 2 + 1:03d}.Bird/{i}.jpg"
+        write_image(folder / "images" / name, (10 * i, 255 - 10 * i, 90))
+        columns["images"].append(name)
+        columns["image_class_labels"].append(i % 2 + 1)
+        columns["train_test_split"].append(int(i < 20))
+    for name, values in columns.items():
+        lines = [f"{i} {value}\n" for i, value in enumerate(values, 1)]
+        (folder / f"{name}.txt").write_text("".join(lines))
+    flags = f"--dataset cub200 --data-root {tmp_path} --backbone tests/nets.py:mlp --image-size 32 "
+    flags += "--workers 0 --epochs 1 --batch-size 4 --upper-every 2"
+    summary = run_with(flags, tmp_path / "runs")
+    (line,) = metrics_of(summary)
+    assert line["hypergradient_norm"] > 0 and 0 <= summary["test_accuracy"] <= 100
+    label_network = checkpoint(summary["folder"])["label_network"]
+    assert label_network["label_head.2.bias"].shape == (2 * 5,)
 
 
 @pytest.mark.parametrize(

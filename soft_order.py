@@ -25,9 +25,11 @@ Departures from the paper [P], which is in Keras and has no public code; [?]: wh
 - [?] uci: batch 32, 10,000 iterations; missing cells become the training part's median; features
   are scaled by its range, test values clipped to it.
 - [?] omniglot: unpadded convolutions (they match [P]'s number of parameters), ink 1 and paper 0,
-  splits stratified by character.
+  splits stratified by character. Not here: Fig. 6c's prior work.
+- celeba: torchvision's ResNet-50 and mean and std of its training, [P]: Keras's. [?] All of it is
+  trained, batch norm in train mode; RMSProp takes over after 2 of Adam's evaluations, 5,000
+  iterations apart, without a lower validation loss, until 100,000; landmarks' loss has weight 1.
 - [?] fours (Table 1, the pictures of a 4): Adam, all 784 pixels a step, 4,000 iterations.
-- Not here: celeba (Fig. 7), whose second phase alone has RMSProp; Fig. 6c's prior work.
 """
 
 import argparse
@@ -615,6 +617,7 @@ def train(args) -> dict:
     if args.method == "soft":
         names = tasks.names + ["landmarks"] * args.landmarks
         write_scalings(folder, names, history, args.identity_layer)
+        draw_scalings(folder, history)
     if args.dataset == "fours":
         write_sweeps(folder, network, samples)
     return summarize(folder, history, f"{part}_error", best=min)
@@ -855,12 +858,57 @@ def scale_table(labels: list[str], scales: list[list[float]]) -> list[str]:
     return lines
 
 
+def draw_scalings(folder: Path, history: list[dict]) -> None:
+    """The same as pictures; a row of squares is a layer, the first on top, and a column a depth.
+
+    paths.png: each task's scalings, 1 is black; the largest at a depth in red (Fig. 4d).
+    use.png: their mean over the tasks, the largest is black (Figs. 6b, 7a-b).
+    distance.png: by iteration, the distances of the layers, the first one in black and the last in
+        light blue (Fig. 4b), and hardness in red (Fig. 4c); the largest of all is the upper edge.
+    """
+    s = torch.tensor(history[-1]["scales"])  # (T, L, D)
+    on_path = s == s.amax(dim=1, keepdim=True)
+    tasks = torch.stack([(1 - s).where(~on_path, 1.0), 1 - s, 1 - s], dim=1)  # red, green, blue
+    write_picture(folder / "paths.png", enlarge(tasks))
+
+    use = torch.tensor(history[-1]["use"])
+    use = 1 - use / use.max()
+    write_picture(folder / "use.png", enlarge(use.expand(1, 3, -1, -1)))
+
+    curves = torch.tensor([[*line["distance"], line["hardness"]] for line in history]).T
+    heights = F.interpolate(curves[None] / curves.max(), 400, mode="linear", align_corners=True)[0]
+    rows = 200 - 196 * heights  # (curves, 400)
+    before = torch.cat([rows[:, :1], rows[:, :-1]], dim=1)
+    y = torch.arange(204)[:, None]
+    picture = torch.ones(3, 204, 400)
+    for i in range(len(curves)):
+        light = 0.8 * i / len(curves)
+        colour = [light, light, min(1.0, 2 * light)] if i < len(curves) - 1 else [1.0, 0.0, 0.0]
+        drawn = (y >= before[i].minimum(rows[i]) - 1) & (y <= before[i].maximum(rows[i]) + 1)
+        picture = torch.where(drawn, torch.tensor(colour)[:, None, None], picture)
+    write_picture(folder / "distance.png", picture)
+
+
+def enlarge(cells):
+    """Pictures (N, 3, L, D) with 16 pixels in place of one, up and across."""
+    return cells.repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
+
+
+def write_picture(path: Path, pictures, **options) -> None:
+    """A PNG of one picture (3, H, W), 0 to 1, or of several, ten in a row."""
+    buffer = io.BytesIO()
+    options = {"nrow": 10, "pad_value": 0.5} | options
+    torchvision.utils.save_image(pictures, buffer, format="png", **options)
+    write_bytes(path, buffer.getbuffer())
+
+
 @torch.no_grad()
 def write_sweeps(folder: Path, network: MultiTaskNetwork, samples: Samples) -> None:
     """Table 1: what a task's image becomes while one scaling goes from 0 to 1, in sweeps.png.
 
     A row for each of two tasks and three depths: the task's image, then what the network makes of
     it with the first layer's scaling at that depth 0, 1/8, .., 1 and the others as they are.
+    sweeps.txt says how much each row changes, and how its change correlates with each row's.
     """
     x = samples.x[None].float()  # (1, N, 2)
     side = math.isqrt(len(samples.x))
@@ -874,7 +922,15 @@ def write_sweeps(folder: Path, network: MultiTaskNetwork, samples: Samples) -> N
                 y = mix_layers(s, network.core.layers, network.encoder(x))
                 rows.append(network.decoder(y)[0])
     images = torch.stack(rows).clamp(0, 1).view(-1, 1, side, side)
-    torchvision.utils.save_image(images, folder / "sweeps.png", nrow=10)
+    write_picture(folder / "sweeps.png", images, pad_value=0)
+
+    images = images.unflatten(0, (-1, 10)).flatten(2)  # (rows, 10, N)
+    change = images[:, 9] - images[:, 1]
+    size = change.square().mean(dim=1).sqrt()
+    lines = ["change of brightness, its root mean square, and its correlation with each row's"]
+    for i, row in enumerate(change.corrcoef().tolist()):
+        lines.append(f"{size[i]:8.4f}" + "".join(f"{value:8.3f}" for value in row))
+    write_text(folder / "sweeps.txt", "\n".join(lines) + "\n")
 
 
 # -------- Command line ----------------------------------------------------------------------------

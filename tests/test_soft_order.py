@@ -1033,6 +1033,15 @@ def test_a_run_on_fours_shows_what_one_scaling_does(tmp_path):
         assert (found - expected).abs().max() < 0.003
         assert (expected.flatten() - y[task]).abs().max() > 0.003, "the scaling does something"
 
+    rows = picture[1:-1, 1:-1].unflatten(0, (6, 30)).unflatten(2, (10, 30))[:, 1:-1, :, 1:-1]
+    change = (rows[:, :, 9] - rows[:, :, 1]).flatten(1).double()
+    centred = change - change.mean(dim=1, keepdim=True)
+    figures = [line.split() for line in (folder / "sweeps.txt").read_text().splitlines()[1:]]
+    for i, j in itertools.product(range(6), range(6)):
+        cosine = centred[i] @ centred[j] / (centred[i].norm() * centred[j].norm())
+        assert float(figures[i][j + 1]) == pytest.approx(float(cosine), abs=0.05)
+        assert float(figures[i][0]) == pytest.approx(float(change[i].norm() / 28), abs=0.003)
+
 
 def test_fours_are_for_soft_order(tmp_path, capsys):
     with pytest.raises(SystemExit):
@@ -1082,6 +1091,46 @@ def test_the_end_of_a_run_shows_what_the_paper_shows(small_run):
         assert [row.split()[-3:] for row in rows] == [[f"{s:.4f}" for s in row] for row in scales]
         labels = ["layer 1", "layer 2", "layer 3", "identity"]
         assert title.endswith("path: " + ", ".join(labels[j] for j in path))
+
+
+def read_picture(path) -> torch.Tensor:
+    """(3, H, W), from 0 to 1."""
+    return pil_to_tensor(Image.open(path).convert("RGB")) / 255
+
+
+def test_the_pictures_show_the_same_numbers(small_run):
+    folder = Path(small_run["folder"])
+    history = metrics_of(small_run)
+    last = history[-1]
+    paths = read_picture(folder / "paths.png")
+    use = read_picture(folder / "use.png")
+    assert use.shape == (3, 4 * 16, 3 * 16)
+    largest = max(max(row) for row in last["use"])
+    for j, k in itertools.product(range(4), range(3)):
+        y, x = 16 * j + 8, 16 * k + 8
+        expected = 1 - last["use"][j][k] / largest
+        assert use[:, y, x].tolist() == pytest.approx([expected] * 3, abs=0.003)
+        for t in range(6):
+            light = 1 - last["scales"][t][j][k]
+            red = 1.0 if last["path"][t][k] == j else light
+            found = paths[:, y + 2, x + 2 + t * (3 * 16 + 2)]
+            assert found.tolist() == pytest.approx([red, light, light], abs=0.003)
+
+    curves = read_picture(folder / "distance.png")
+    red = (curves == torch.tensor([1.0, 0.0, 0.0])[:, None, None]).all(dim=0)
+    top = max(max(line["hardness"], *line["distance"]) for line in history)
+    for x, line in ((0, history[0]), (-1, last)):
+        rows = red[:, x].nonzero().double()
+        assert float(rows.mean()) == pytest.approx(200 - 196 * line["hardness"] / top, abs=1.5)
+    dark = (curves[:, :, -1] < 0.1).all(dim=0).nonzero().double()
+    assert float(dark.mean()) == pytest.approx(200 - 196 * last["distance"][0] / top, abs=1.5)
+
+
+def test_one_evaluation_is_drawn(tmp_path):
+    scores = torch.zeros(1, 2, 2)
+    figures = soft_order.describe_scales(scores.softmax(dim=1))
+    soft_order.draw_scalings(tmp_path, [figures])
+    assert read_picture(tmp_path / "distance.png").shape == (3, 204, 400)
 
 
 # -------- The command line ------------------------------------------------------------------------

@@ -25,6 +25,7 @@ import soft_order
 from common import (
     CELEBA_ATTRIBUTES,
     UCI_TABLES,
+    Faces,
     InputError,
     Samples,
     join,
@@ -797,6 +798,22 @@ def test_faces_network_and_loss_equal_one_task_at_a_time(landmarks):
         assert relative_difference(a, b) < 1e-5, name  # mean and std are rounded to float32
 
 
+def test_faces_are_evaluated_as_in_a_loop():
+    """More of them than one chunk takes, which is 128."""
+    network = make_face_network(True, dropout=0.5).float()
+    images = torch.randint(256, (130, 3, 8, 8), dtype=torch.uint8)
+    classes = torch.randint(2, (3, 130))
+    faces = Faces(images.numpy(), classes, torch.tensor([130]), torch.rand(130, 10))
+    found = soft_order.evaluate_faces(network, faces, "validation")
+    assert network.training
+    logits = network.eval()(images[None].float())[0]
+    wrong = 100 * (logits.argmax(dim=2) != classes).double().mean(dim=1)
+    assert found["task_errors"] == pytest.approx(wrong.tolist(), rel=1e-5)
+    assert found["validation_error"] == pytest.approx(wrong.mean().item(), rel=1e-5)
+    loss = soft_order.total_loss(logits, classes).item()
+    assert found["validation_loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_celebas_encoder_runs_once_for_all_tasks():
     network = make_face_network(True)
     seen = []
@@ -828,6 +845,13 @@ def test_the_six_rows_of_figure_7_run(tmp_path, faces, flags):
         assert torch.tensor(lines[-1]["scales"]).shape == (tasks, layers, 4)
         scalings = (Path(summary["folder"]) / "scalings.txt").read_text()
         assert ("task landmarks" in scalings) == ("--landmarks" in flags)
+
+
+@pytest.mark.parametrize("method", ["permuted", "single"])
+def test_celeba_runs_with_the_other_methods(tmp_path, faces, method):
+    flags = ["--tasks", 2, "--landmarks", "--method", method, "--max-steps", 2]
+    errors = metrics_of(run(tmp_path, *face_flags(faces, *flags)))[-1]["task_errors"]
+    assert len(errors) == 2
 
 
 def test_an_attribute_that_shows_is_learned(tmp_path, faces):

@@ -486,9 +486,8 @@ def upper_step(
         return losses(outputs(theta, x_upper)[:1], y_upper)[:, 0].mean()
 
     theta = {name: p for name, p in primary.named_parameters() if p.requires_grad}
-    if (
-        label_network is not None
-    ):  # as in [C], without the made-up task's head: L_A does not reach it
+    if label_network is not None:
+        # as in [C], without the made-up task's head: L_A does not reach it
         theta = {name: p for name, p in theta.items() if not name.startswith("heads.1.")}
     phi = trained_by(optimizer)
     if isinstance(primary.trunk, Features) and not x.is_cuda:

@@ -17,8 +17,8 @@ set, along an implicit gradient with a truncated Neumann series.
     (8)  g_phi = sum_i w_i l_i (linear; generate adds l_1), or a Softplus network plus l_1
          (nonlinear; conv: of each pixel's losses); all w >= 0
 
-    python auxilearn.py --dataset synthetic              96.3 % (chance 25 %), under a minute
-    python auxilearn.py --mode combine --dataset synthetic-scenes        mIoU 57.6 %, two minutes
+    python auxilearn.py --dataset synthetic           about 96 % (chance 25 %), under a minute
+    python auxilearn.py --mode combine --dataset synthetic-scenes   mIoU about 57 %, two minutes
     python auxilearn.py --dataset cifar100-20            WAMAL, Table 3: 80.33 %; not yet run here
 
 Departures from the authors' code [C], which has the Pet and NYU v2 experiments alone:

@@ -17,8 +17,8 @@ set, along an implicit gradient with a truncated Neumann series.
     (8)  g_phi = sum_i w_i l_i (linear; generate adds l_1), or a Softplus network plus l_1
          (nonlinear; conv: of each pixel's losses); all w >= 0
 
-    python auxilearn.py --dataset synthetic              96.3 % (chance 25 %), under a minute
-    python auxilearn.py --mode combine --dataset synthetic-scenes        mIoU 57.6 %, two minutes
+    python auxilearn.py --dataset synthetic           about 96 % (chance 25 %), under a minute
+    python auxilearn.py --mode combine --dataset synthetic-scenes   mIoU about 57 %, two minutes
     python auxilearn.py --dataset cifar100-20            WAMAL, Table 3: 80.33 %; not yet run here
 
 Departures from the authors' code [C], which has the Pet and NYU v2 experiments alone:
@@ -28,8 +28,10 @@ Departures from the authors' code [C], which has the Pet and NYU v2 experiments 
 - The last epoch is reported; [C] selects one on a validation set (Pet: 30 %, NYU v2: 79 of 795).
 - mIoU and pixel accuracy are of the whole test set; [C]'s, means over images, are *_per_image.
 - The segmentation loss is a mean over all pixels, for every method; [C]'s baselines: labelled ones.
-- --method human weighs its labels with 1, as wamal.py and maxl.py do; l_2's 0.25 is phi's alone.
-- CIFAR and SVHN are not in [C]: W has WAMAL's recipe, phi that of [C]'s Pet.
+- --method human: l_2 is of the data set's own sub-classes, with weight 1, not 0.25, as in wamal.py.
+- conv: [C] pads the last layer with zeros, and L_T of (3) has 8 scenes; here no padding, and 2.
+- Heads stand on the trunk's features; [C]'s for Pet on the 1000 outputs of a whole ResNet-18.
+- CIFAR, SVHN and CUB are not in [C]: phi and CUB's W have Pet's recipe, the others' W WAMAL's.
 """
 
 import argparse

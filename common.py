@@ -10,7 +10,7 @@ In this order:
     Image sets        load_image_set, load_cub200_parts, load_cifar100_people; subsets of splits
     Image loaders     make_loader, forever, rotate_randomly
     Scene sets        load_scene_set, SceneLoader; SceneCrops and augment for training on crops
-    Ratings           load_movielens, split_ratings, RatingLoader
+    Ratings           load_rating_set, split_ratings, RatingLoader
     Task collections  make_random_tasks, make_order_tasks, load_mnist_pairs, load_uci,
                       load_omniglot, load_celeba, TaskLoader
     Backbones         build_backbone, strip_classifier, check_trunk, SegNet
@@ -1622,6 +1622,56 @@ class Ratings:
     def take(self, index: torch.Tensor) -> "Ratings":
         """Only the ratings at `index` (int64)."""
         return Ratings(self.x[index], self.y[index], self.sizes)
+
+
+RATING_SETS = ("movielens-1m", "synthetic-ratings", "synthetic-ratings-few")
+
+
+def load_rating_set(name: str, root: str | Path = "data", keep_threes: bool = False) -> Ratings:
+    """A rating set by name, one of RATING_SETS, from `root`. Column 2 of its x is the user.
+
+    keep_threes: see load_movielens.
+    Raises InputError: unknown name, missing data that cannot be downloaded, damaged file.
+    """
+    if name == "movielens-1m":
+        return load_movielens(root, keep_threes)
+    if name == "synthetic-ratings":
+        return make_ratings(users=80, movies=100)
+    if name == "synthetic-ratings-few":
+        return make_ratings(users=2000, movies=20)
+    raise InputError(f"unknown dataset {name!r}; the rating sets are {', '.join(RATING_SETS)}")
+
+
+def make_ratings(
+    users: int,
+    movies: int,
+    count: int = 8000,
+    rank: int = 2,
+    noise: float = 0.1,
+    seed: int = 0,
+) -> Ratings:
+    """`count` ratings made in memory, of different pairs of a user and a movie.
+
+    A rating is 3 + <user, movie> + noise, where each user and each movie is a vector of `rank`
+    normal numbers, so that <user, movie> has variance 1. The fields are MovieLens's: the genre, the
+    gender, the age and the occupation are drawn at random and say nothing.
+
+    noise: its standard deviation, the least RMSE that there is.
+    seed: the data's own seed, so that runs with different seeds see the same ratings.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    of_user = torch.randn(users, rank, generator=generator)
+    of_movie = torch.randn(movies, rank, generator=generator) / math.sqrt(rank)
+    pair = torch.randperm(users * movies, generator=generator)[:count]
+    user, movie = pair // movies, pair % movies
+    y = 3 + (of_user[user] * of_movie[movie]).sum(dim=1)
+    y = y + noise * torch.randn(count, generator=generator)
+
+    sizes = [movies, 18, users, 2, 7, 21]
+    genre = torch.randint(18, (movies,), generator=generator)
+    about = [torch.randint(size, (users,), generator=generator) for size in sizes[3:]]
+    x = [movie, genre[movie], user, *(field[user] for field in about)]
+    return Ratings(torch.stack(x, dim=1), y, sizes)
 
 
 def load_movielens(root: str | Path = "data", keep_threes: bool = False) -> Ratings:

@@ -60,6 +60,7 @@ from tqdm import tqdm
 from common import (
     BACKBONES,
     IMAGE_SETS,
+    RATING_SETS,
     ImageSet,
     InputError,
     RatingLoader,
@@ -73,7 +74,7 @@ from common import (
     load_cifar100_people,
     load_cub200_parts,
     load_image_set,
-    load_movielens,
+    load_rating_set,
     make_loader,
     reading,
     rotate_randomly,
@@ -756,6 +757,7 @@ def train(args) -> dict:
         metrics[f"val_{metric}"] = float(performance)
         metrics[f"test_{metric}"] = float(evaluate(network, test_loader))
         if args.method == "maoal":
+            metrics["mean_importance"] = float(learned.weight.detach().mean())
             metrics["importance"] = importance_by_name(learned, data.tasks, modules)
         check_finite(metrics, "loss", "auxiliary_loss", "weight_norm", "upper_gradient_norm_sum")
 
@@ -829,7 +831,7 @@ class RunData:
 def load_data(args) -> RunData:
     """The run's data set, split from a generator with its seed."""
     generator = torch.Generator().manual_seed(args.seed)
-    if args.dataset == RATINGS:
+    if args.dataset in RATING_SETS:
         return load_ratings(args, generator)
 
     image_set, trains, tasks, classes = load_images(args)
@@ -862,12 +864,12 @@ def load_data(args) -> RunData:
 
 
 def load_ratings(args, generator) -> RunData:
-    """MovieLens-1M: the auxiliary loss is the squared norm of theta."""
-    ratings = load_movielens(args.data_root, args.keep_threes)
+    """Ratings, whose auxiliary loss is the squared norm of theta."""
+    ratings = load_rating_set(args.dataset, args.data_root, args.keep_threes)
     train, dev, val, test = split_ratings(
         ratings,
         generator,
-        dev_size=args.dev_size or 512,
+        dev_size=args.dev_size,
         dev_from=args.dev_from,
         with_dev=args.method in BILEVEL,
     )
@@ -921,11 +923,8 @@ def build_loader(args, data: RunData, split, device, *, batch_size, train, seed=
 
 
 def build_dev_loader(args, data: RunData, device):
-    """D_dev's loader: the batches of the published code's size, or all."""
-    largest = 100
-    if args.dataset == RATINGS:
-        largest = 256
-    batch_size = min(len(data.dev), largest)
+    """D_dev's loader: batches of --dev-batch-size, or all of it."""
+    batch_size = min(len(data.dev), args.dev_batch_size)
     seed = args.seed + len(data.trains)
     return build_loader(args, data, data.dev, device, batch_size=batch_size, train=True, seed=seed)
 
@@ -946,7 +945,7 @@ def endless_batches(args, loaders, auxiliary):
             batches.append(Batch(x_own, y_own, weight))
         if args.method == "single" or args.dataset == PEOPLE:
             pass
-        elif args.dataset == RATINGS:
+        elif args.dataset in RATING_SETS:
             batches.append(SquaredNorm(weight))
         elif auxiliary is not None:
             batches += [Batch(x, labels, weight) for labels in auxiliary[index].unbind(dim=1)]
@@ -958,7 +957,7 @@ def endless_batches(args, loaders, auxiliary):
 
 def build_network(args, data: RunData):
     """theta, on the CPU."""
-    if args.dataset == RATINGS:
+    if args.dataset in RATING_SETS:
         return AutoInt(data.trains[0].sizes)
     network = PrimaryNetwork(build_backbone(args.backbone, args.pretrained), data.classes)
     check_trunk(network.trunk, args.backbone, data.image_set.image_size)
@@ -1003,7 +1002,7 @@ def build_scheduler(args, optimizer):
 
 def metric_of(args) -> str:
     """What the run is measured by."""
-    if args.dataset == RATINGS:
+    if args.dataset in RATING_SETS:
         return "rmse"
     return "accuracy"
 
@@ -1082,9 +1081,8 @@ def write_importance(folder, history) -> None:
 
 METHODS = ("maoal", "single", "equal", "uncertainty", "gcs", "auxl")
 BILEVEL = ("maoal", "auxl")  # the methods with an upper step
-RATINGS = "movielens-1m"
 PEOPLE = "cifar100-people"
-SETS = (*IMAGE_SETS, PEOPLE, RATINGS)
+SETS = (*IMAGE_SETS, PEOPLE, *RATING_SETS)
 BEST = {"accuracy": max, "rmse": min}
 
 SMALL_IMAGES = {  # of the published code for people
@@ -1109,6 +1107,8 @@ FILES = {  # of its authors' code for CUB in a paper of ICML 2022
     "weight_decay": 5e-4,
     "lower_steps": 20,
 }
+RATINGS = FILES | {"epochs": 15, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0}
+SYNTHETIC_RATINGS = RATINGS | {"epochs": 40, "batch_size": 64, "lr": 3e-3}
 RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     PEOPLE: SMALL_IMAGES | {"backbone": "resnet18-cifar"},
     "synthetic": SMALL_IMAGES | {"epochs": 4, "batch_size": 50, "lower_steps": 5},
@@ -1116,10 +1116,13 @@ RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     "food101": FILES,
     "folder": FILES,
     "cub200": FILES | {"pretrained": True},
-    RATINGS: FILES | {"epochs": 15, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0},
+    "movielens-1m": RATINGS,
+    "synthetic-ratings": SYNTHETIC_RATINGS,
+    "synthetic-ratings-few": SYNTHETIC_RATINGS,
 }
 
 PAPER = {
+    "look_back": 3,
     "relu_importance": False,
     "mean_auxiliary": False,
     "hypergrad_lr": None,  # theta's current learning rate
@@ -1128,7 +1131,10 @@ PAPER = {
     "upper_lr": 0.01,
     "upper_weight_decay": 0.0,
     "dev_from": "validation",
+    "dev_size": None,  # of images, 5 %
+    "dev_batch_size": 100,
 }
+PAPER_RATINGS = PAPER | {"dev_size": 512, "dev_batch_size": 256}
 PUBLISHED_CODE = PAPER | {
     "relu_importance": True,
     "mean_auxiliary": True,
@@ -1136,7 +1142,7 @@ PUBLISHED_CODE = PAPER | {
     "clip": 10.0,
     "upper_weight_decay": 5e-4,
 }
-PUBLISHED_CODE_RATINGS = PAPER | {
+PUBLISHED_CODE_RATINGS = PAPER_RATINGS | {
     "relu_importance": True,
     "hypergrad_lr": 1.0,
     "clip": 10.0,
@@ -1144,12 +1150,30 @@ PUBLISHED_CODE_RATINGS = PAPER | {
     "upper_lr": 1e-3,
     "dev_from": "train",
 }
-AUXL = PAPER | {
+OWN_RATINGS = PAPER | {  # why: tests/results/README.md
+    "lower_steps": 10,
+    "look_back": 5,
+    "relu_importance": True,
+    "hypergrad_lr": 0.01,
+    "clip": 1e-4,
+    "upper_lr": 0.05,
+    "dev_from": "train",
+    "dev_size": 1000,
+    "dev_batch_size": 1000,
+}
+AUXL = {
+    "look_back": 3,
     "hypergrad_lr": 1e-4,
     "clip": 10.0,
     "upper_optimizer": "momentum",
     "upper_lr": 1e-3,
     "upper_weight_decay": 5e-4,
+}
+PRESETS = {"paper": PAPER, "published-code": PUBLISHED_CODE}
+PRESETS_OF_RATINGS = {
+    "own": OWN_RATINGS,
+    "paper": PAPER_RATINGS,
+    "published-code": PUBLISHED_CODE_RATINGS,
 }
 
 
@@ -1173,6 +1197,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--train-fraction", type=part, default=1.0, help="of each class")
     add("--label-fraction", type=part, default=1.0, help="of each class that has primary labels")
     add("--dev-size", type=two, help="of D_dev (default: 5 %% of the images; 512 ratings)")
+    add("--dev-batch-size", type=two, help="of L_0(dev) (default: 100; ratings: all of D_dev)")
     add("--dev-from", choices=["validation", "train"], help="ratings: what D_dev is taken from")
     add("--keep-threes", action="store_true", help="ratings: the published code drops those of 3")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
@@ -1180,7 +1205,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="maoal", help="single: the primary loss alone")
-    add("--preset", choices=["paper", "published-code"], default="paper", help="where they part")
+    add("--preset", choices=PRESETS_OF_RATINGS, help="where they part (paper; ratings: own)")
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
     add("--auxiliary-weight", type=factor, help="of their losses (1; ratings 1e-3, equal 1)")
@@ -1191,7 +1216,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="what a module is (Table 4)",
     )
     add("--lower-steps", type=count, help="T (default: 10; files and ratings 20, synthetic 5)")
-    add("--look-back", type=number(int, 0), default=3, help="M, terms of p after the first (9)")
+    add("--look-back", type=number(int, 0), help="M, terms of p after the first (3; own: 5)")
     add("--interval", type=whole, default=0, help="validate after every so many loops, too")
     add("--relu-importance", action=switch, help="negative alpha counts as 0 (published code: yes)")
     add("--mean-auxiliary", action=switch, help="auxiliary losses over K (published code: yes)")
@@ -1218,35 +1243,38 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
 
     kind = args.dataset.partition(":")[0]
+    has_ratings = kind in RATING_SETS
     if args.dataset not in SETS and kind != "folder":
         p.error(f"unknown dataset {args.dataset!r}; the sets are {', '.join(SETS)}")
-    if kind == RATINGS and (args.backbone or args.pretrained or args.image_size):
-        p.error(f"--backbone, --pretrained and --image-size are not for --dataset {RATINGS}")
-    if kind == RATINGS and min(args.train_fraction, args.label_fraction) < 1:
-        p.error(f"--train-fraction and --label-fraction are not for --dataset {RATINGS}")
-    if kind != RATINGS and (args.keep_threes or args.dev_from):
-        p.error(f"--keep-threes and --dev-from are for --dataset {RATINGS}")
+    if has_ratings and (args.backbone or args.pretrained or args.image_size):
+        p.error(f"--backbone, --pretrained and --image-size are not for --dataset {kind}")
+    if has_ratings and min(args.train_fraction, args.label_fraction) < 1:
+        p.error(f"--train-fraction and --label-fraction are not for --dataset {kind}")
+    if args.keep_threes and kind != "movielens-1m":
+        p.error("--keep-threes is for --dataset movielens-1m")
+    if args.dev_from and not has_ratings:
+        p.error(f"--dev-from is for ratings: {', '.join(RATING_SETS)}")
+    if args.preset == "own" and not has_ratings:
+        p.error(f"--preset own is for ratings: {', '.join(RATING_SETS)}")
     if args.auxiliary_weight is not None and args.method == "single":
         p.error("--auxiliary-weight is not for --method single, which has no auxiliary loss")
-    if args.preset != "paper" and args.method != "maoal":
-        p.error(f"--preset {args.preset} is for --method maoal")
+    if args.preset == "published-code" and args.method != "maoal":
+        p.error("--preset published-code is for --method maoal")
 
     recipe = RECIPES.get(kind, SMALL_IMAGES)
     if args.auxiliary_weight is None:
         args.auxiliary_weight = 1.0
-        if kind == RATINGS and args.method != "equal":
+        if has_ratings and args.method != "equal":
             args.auxiliary_weight = 1e-3
     if args.momentum is not None and (args.optimizer or recipe["optimizer"]) != "sgd":
         p.error("--momentum is for --optimizer sgd")
     if args.max_steps is not None:
         recipe = recipe | {"epochs": 1}
-    preset = PAPER
+    if args.preset is None:
+        args.preset = "own" if has_ratings else "paper"
+    preset = PRESETS_OF_RATINGS[args.preset] if has_ratings else PRESETS[args.preset]
     if args.method == "auxl":
-        preset = AUXL
-    elif args.preset == "published-code" and kind == RATINGS:
-        preset = PUBLISHED_CODE_RATINGS
-    elif args.preset == "published-code":
-        preset = PUBLISHED_CODE
+        preset = preset | AUXL
     for name, value in (recipe | preset).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -1064,6 +1064,41 @@ def test_ratings_are_split_as_paper_and_code_have_it(tmp_path):
         common.split_ratings(ratings, seeded(0))
 
 
+@pytest.mark.parametrize(
+    "name, users", [("synthetic-ratings", 80), ("synthetic-ratings-few", 2000)]
+)
+def test_synthetic_ratings_are_of_many_or_few_a_user(name, users):
+    ratings = common.load_rating_set(name)
+    movies = ratings.sizes[0]
+    assert ratings.sizes == [movies, 18, users, 2, 7, 21]
+    assert len(ratings) == 8000
+    assert ratings.x.amin(0).min() >= 0
+    assert (ratings.x.amax(0) < torch.tensor(ratings.sizes)).all()
+    pairs = ratings.x[:, 2] * movies + ratings.x[:, 0]
+    assert len(pairs.unique()) == 8000, "a user rates a movie once"
+    of_user = len(ratings.x[:, 2:].unique(dim=0))
+    of_movie = len(ratings.x[:, :2].unique(dim=0))
+    assert (of_user, of_movie) == (len(ratings.x[:, 2].unique()), movies), "what is known of them"
+    assert abs(float(ratings.y.mean()) - 3) < 0.3 and 0.7 < float(ratings.y.std()) < 1.3
+
+
+def test_synthetic_ratings_are_of_low_rank_plus_noise():
+    def table(noise):
+        ratings = common.make_ratings(users=30, movies=20, count=600, noise=noise)
+        full = torch.zeros(30, 20, dtype=torch.float64)
+        full[ratings.x[:, 2], ratings.x[:, 0]] = ratings.y.double() - 3
+        return full
+
+    assert torch.linalg.matrix_rank(table(0.0), rtol=1e-5) == 2
+    assert torch.linalg.matrix_rank(table(0.1), rtol=1e-5) == 20
+    assert float((table(0.1) - table(0.0)).std()) == pytest.approx(0.1, abs=0.01)
+
+
+def test_an_unknown_rating_set_is_told_the_known_ones():
+    with pytest.raises(InputError, match="the rating sets are movielens-1m, synthetic-ratings"):
+        common.load_rating_set("movielens-20m")
+
+
 def test_movielens_says_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", no_network)
     with pytest.raises(InputError, match=r"ratings.dat, users.dat and movies.dat"):

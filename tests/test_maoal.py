@@ -885,7 +885,7 @@ def test_ratings_train_with_every_method(tmp_path, movielens, method):
 
 def test_too_few_ratings_are_one_line(tmp_path, movielens, capsys):
     flags = ["--dataset", "movielens-1m", "--data-root", movielens, "--out-dir", tmp_path / "runs"]
-    assert "too few for a D_dev of 512" in refuses(maoal, capsys, *flags)
+    assert "too few for a D_dev of 1000" in refuses(maoal, capsys, *flags)
     error = refuses(maoal, capsys, *flags, "--dev-size", 16, "--batch-size", 5000)
     assert "not a batch of 5000" in error
     assert not (tmp_path / "runs").exists()
@@ -931,6 +931,7 @@ def plain(tmp_path_factory) -> dict:
         "--upper-lr 0.1",
         "--upper-weight-decay 0.1",
         "--dev-size 20",
+        "--dev-batch-size 10",
         "--label-fraction 0.5",
         "--auxiliary-weight 0.5",
         "--train-fraction 0.5",
@@ -1084,12 +1085,43 @@ def test_presets_are_the_papers_and_the_published_codes():
     code = ["--preset", "published-code"]
     ratings = ["--dataset", "movielens-1m"]
     paper = [False, False, None, 0, "adam", 0.01, 0, "validation"]
-    assert values() == values(*ratings) == paper
+    assert values() == values(*ratings, "--preset", "paper") == paper
     assert values(*code) == [True, True, 1, 10, "adam", 0.01, 5e-4, "validation"]
     assert values(*code, *ratings) == [True, False, 1, 10, "momentum", 1e-3, 0, "train"]
+    assert values(*ratings) == [True, False, 0.01, 1e-4, "adam", 0.05, 0, "train"]
     own = values(*code, "--no-relu-importance", "--clip", "0")
     assert own[:4] == [False, True, 1, 0], "a flag of one's own counts"
     assert values("--method", "auxl")[2:7] == [1e-4, 10, "momentum", 1e-3, 5e-4]
+    assert values("--method", "auxl", *ratings)[2:] == [1e-4, 10, "momentum", 1e-3, 5e-4, "train"]
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--dataset synthetic", (5, 3, None, 100)),
+        ("--dataset movielens-1m", (10, 5, 1000, 1000)),
+        ("--dataset synthetic-ratings-few", (10, 5, 1000, 1000)),
+        ("--dataset movielens-1m --preset paper", (20, 3, 512, 256)),
+        ("--dataset movielens-1m --preset published-code", (20, 3, 512, 256)),
+        ("--dataset movielens-1m --method auxl", (10, 3, 1000, 1000)),
+        ("--dataset movielens-1m --dev-size 7 --dev-batch-size 3 --look-back 0", (10, 0, 7, 3)),
+    ],
+)
+def test_presets_of_ratings_differ_in_d_dev_and_loops(flags, expected):
+    a = maoal.parse_args(flags.split())
+    assert (a.lower_steps, a.look_back, a.dev_size, a.dev_batch_size) == expected
+
+
+@pytest.mark.parametrize("size, batches", [(1000, [1000]), (300, [300] * 3)])
+def test_d_dev_is_one_batch_or_several(size, batches):
+    flags = ["--dataset", "synthetic-ratings", "--dev-batch-size", str(size)]
+    args = maoal.parse_args(flags)
+    args.seed = 0
+    data = maoal.load_data(args)
+    assert len(data.dev) == 1000
+    assert data.dev.x[:, 2].bincount().max() < 30, "spread over the users"
+    loader = maoal.build_dev_loader(args, data, "cpu")
+    assert [len(x) for x, _, _ in loader] == batches
 
 
 @pytest.mark.parametrize(
@@ -1100,7 +1132,8 @@ def test_presets_are_the_papers_and_the_published_codes():
         ("oxford-pet", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
         ("folder:here", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
         ("cub200", ("resnet18", True, 100, 64, "adam", 1e-4, 20)),
-        ("movielens-1m", ("resnet18", False, 15, 256, "adam", 1e-3, 20)),
+        ("movielens-1m", ("resnet18", False, 15, 256, "adam", 1e-3, 10)),
+        ("synthetic-ratings", ("resnet18", False, 40, 64, "adam", 3e-3, 10)),
     ],
 )
 def test_recipes(dataset, expected):
@@ -1113,7 +1146,11 @@ def test_recipes(dataset, expected):
     "flags, said",
     [
         ("--method single --preset published-code", "published-code is for --method maoal"),
-        ("--keep-threes", "--keep-threes and --dev-from are for --dataset movielens-1m"),
+        ("--keep-threes", "--keep-threes is for --dataset movielens-1m"),
+        ("--dataset synthetic-ratings --keep-threes", "--keep-threes is for --dataset movielens"),
+        ("--dev-from train", "--dev-from is for ratings: movielens-1m"),
+        ("--preset own", "--preset own is for ratings: movielens-1m"),
+        ("--dataset synthetic-ratings --dev-size 6400", "8000 ratings are too few"),
         ("--dataset movielens-1m --backbone resnet18", "not for --dataset movielens-1m"),
         ("--dataset movielens-1m --label-fraction 0.5", "not for --dataset movielens-1m"),
         ("--optimizer adam --momentum 0.5", "--momentum is for --optimizer sgd"),

@@ -1117,6 +1117,7 @@ RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     "folder": FILES,
     "cub200": FILES | {"pretrained": True},
     "movielens-1m": RATINGS,
+    "amazon-beauty": RATINGS,
     "synthetic-ratings": SYNTHETIC_RATINGS,
     "synthetic-ratings-few": SYNTHETIC_RATINGS,
 }

@@ -6,9 +6,11 @@ The write_* functions are there for the other tests too.
 import builtins
 import copy
 import functools
+import gzip
 import hashlib
 import io
 import itertools
+import json
 import math
 import pickle
 import re
@@ -1064,6 +1066,62 @@ def test_ratings_are_split_as_paper_and_code_have_it(tmp_path):
         common.split_ratings(ratings, seeded(0))
 
 
+AMAZON = [  # user, item, stars
+    ("A2", "B0001", 5.0),
+    ("A1", "B0002", 1.0),
+    ("A2", "7806397051", 3.0),
+    ("A3", "B0001", 4.0),
+]
+
+
+def write_amazon(root: Path, packed: bool = False, five: bool = True) -> list[Path]:
+    """Reviews and metadata as those of Beauty: the latter as Python writes dicts, with one more."""
+    folder = root / "amazon-beauty"
+    folder.mkdir(parents=True, exist_ok=True)
+    reviews = ""
+    for user, item, stars in AMAZON:
+        review = {"reviewerID": user, "asin": item, "helpful": [0, 1], "overall": stars}
+        reviews += json.dumps(review | {"reviewText": "It's \u00e9 good", "summary": "\n"}) + "\n"
+    paths = {"B0001": [["Beauty", "Hair Care", "Shampoos"], ["Sale"]]}
+    paths["7806397051"] = [["Beauty", "Makeup"]]
+    paths["B0002"] = [["Beauty", "Hair Care", "Shampoos"]]
+    paths["B0009"] = [["Beauty", "Tools"]]
+    items = ""
+    for item, categories in paths.items():
+        items += repr({"asin": item, "title": "Don't \xe9", "categories": categories}) + "\n"
+    files = []
+    reviews_name = "reviews_Beauty_5.json" if five else "reviews_Beauty.json"
+    for name, text in ((reviews_name, reviews), ("meta_Beauty.json", items)):
+        if packed:
+            files.append(folder / f"{name}.gz")
+            files[-1].write_bytes(gzip.compress(text.encode()))
+        else:
+            files.append(folder / name)
+            files[-1].write_text(text)
+    return files
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("five", [True, False])
+def test_amazon_beauty_is_read_as_released(tmp_path, packed, five):
+    write_amazon(tmp_path, packed, five)
+    ratings = common.load_rating_set("amazon-beauty", tmp_path)
+    assert ratings.sizes == [3, 2, 3], "items, categories and users that have ratings"
+    assert ratings.y.tolist() == [5, 1, 3, 4]
+    item, category, user = ratings.x.T.tolist()
+    assert item == [1, 2, 0, 1] and user == [1, 0, 1, 2]
+    assert category == [1, 1, 0, 1], "Makeup, Shampoos"
+
+
+def test_amazon_beauty_says_which_file_is_missing(tmp_path):
+    with pytest.raises(InputError, match=r"put reviews_Beauty_5.json.gz and meta_Beauty.json.gz"):
+        common.load_amazon_beauty(tmp_path)
+    _, items = write_amazon(tmp_path)
+    items.unlink()
+    with pytest.raises(InputError, match=r"no .*meta_Beauty.json.gz"):
+        common.load_amazon_beauty(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name, users", [("synthetic-ratings", 80), ("synthetic-ratings-few", 2000)]
 )
@@ -1095,7 +1153,7 @@ def test_synthetic_ratings_are_of_low_rank_plus_noise():
 
 
 def test_an_unknown_rating_set_is_told_the_known_ones():
-    with pytest.raises(InputError, match="the rating sets are movielens-1m, synthetic-ratings"):
+    with pytest.raises(InputError, match="the rating sets are movielens-1m, amazon-beauty"):
         common.load_rating_set("movielens-20m")
 
 

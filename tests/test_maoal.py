@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, relative_difference
 from nets import dropout, like_timm, mlp, small_vit
-from test_common import write_cifar100, write_cub, write_movielens
+from test_common import write_amazon, write_cifar100, write_cub, write_movielens
 from test_contract import refuses
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -881,6 +881,16 @@ def test_ratings_train_with_every_method(tmp_path, movielens, method):
     assert history[-1]["loss"] < history[0]["loss"]
     if method == "maoal":
         assert list(history[-1]["importance"]) == ["L2"]
+
+
+def test_amazon_beauty_trains(tmp_path):
+    reviews, _ = write_amazon(tmp_path)
+    reviews.write_text(reviews.read_text() * 20)
+    flags = ["--dataset", "amazon-beauty", "--data-root", tmp_path, "--dev-size", 2]
+    flags += ["--batch-size", 8, "--epochs", 2, "--lower-steps", 2, "--out-dir", tmp_path / "runs"]
+    summary = maoal.main([str(flag) for flag in [*flags, "--device", "cpu"]])
+    assert summary["epochs"] == 2
+    assert set(metrics_of(summary)[-1]["importance"]["L2"]) >= {"embedding", "head"}
 
 
 def test_too_few_ratings_are_one_line(tmp_path, movielens, capsys):

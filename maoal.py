@@ -86,18 +86,25 @@ from common import (
 # -------- Networks --------------------------------------------------------------------------------
 
 
+def make_head(width: int, out: int, hidden: int = 0) -> nn.Module:
+    """Features (B, width) to outputs (B, out): linear, or an MLP of two layers if `hidden` > 0."""
+    if hidden == 0:
+        return nn.Linear(width, out)
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
 class PrimaryNetwork(nn.Module):
-    """theta: a trunk that all tasks share, and a linear head for each.
+    """theta: a trunk that all tasks share, and a head for each.
 
     backbone: an image classifier; the trunk is a copy of it without its last layer.
-    num_classes: of each task, the primary one first.
+    num_classes: of each task, the primary one first.  hidden: of the heads, see make_head.
     Called with x (B, 3, H, W) and the number of a task, returns its logits (B, num_classes[task]).
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: list[int]):
+    def __init__(self, backbone: nn.Module, num_classes: list[int], hidden: int = 0):
         super().__init__()
         self.trunk, width = strip_classifier(backbone)
-        self.heads = nn.ModuleList(nn.Linear(width, n) for n in num_classes)
+        self.heads = nn.ModuleList(make_head(width, n, hidden) for n in num_classes)
 
     def forward(self, x, task: int = 0):
         return self.heads[task](self.trunk(x))
@@ -130,18 +137,26 @@ class AutoInt(nn.Module):
 
     field_sizes: how many categories each of the F fields has. One table embeds them all, with one
         row too many, as published.
+    hidden: of the head, see make_head.
     Called with x (B, F), categories counted from 0 in each field, returns ratings (B,). There is
     one task: `task` is there for the call's sake.
     """
 
-    def __init__(self, field_sizes: list[int], width: int = 16, layers: int = 4, heads: int = 4):
+    def __init__(
+        self,
+        field_sizes: list[int],
+        width: int = 16,
+        layers: int = 4,
+        heads: int = 4,
+        hidden: int = 0,
+    ):
         super().__init__()
         self.layers = layers
         table = torch.empty(sum(field_sizes) + 1, width)
         self.embedding = nn.Parameter(nn.init.xavier_uniform_(table))
         for i in range(layers):
             self.add_module(f"attention{i + 1}", InteractingLayer(width, heads))
-        self.head = nn.Linear(len(field_sizes) * width, 1)
+        self.head = make_head(len(field_sizes) * width, 1, hidden)
         offsets = torch.tensor([0, *field_sizes[:-1]]).cumsum(0)  # (F,)
         self.register_buffer("offsets", offsets, persistent=False)
 
@@ -958,8 +973,9 @@ def endless_batches(args, loaders, auxiliary):
 def build_network(args, data: RunData):
     """theta, on the CPU."""
     if args.dataset in RATING_SETS:
-        return AutoInt(data.trains[0].sizes)
-    network = PrimaryNetwork(build_backbone(args.backbone, args.pretrained), data.classes)
+        return AutoInt(data.trains[0].sizes, hidden=args.head_hidden)
+    backbone = build_backbone(args.backbone, args.pretrained)
+    network = PrimaryNetwork(backbone, data.classes, args.head_hidden)
     check_trunk(network.trunk, args.backbone, data.image_set.image_size)
     return network
 
@@ -1209,6 +1225,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--preset", choices=PRESETS_OF_RATINGS, help="where they part (paper; ratings: own)")
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
+    add("--head-hidden", type=whole, default=0, help="of heads of two layers (Fig. 5); 0: linear")
     add("--auxiliary-weight", type=factor, help="of their losses (1; ratings 1e-3, equal 1)")
     add(
         "--partition",

@@ -135,6 +135,29 @@ def test_autoint_is_the_published_one():
         assert bound == pytest.approx(math.sqrt(6 / 32), abs=0.02), "Xavier-uniform, 16 x 16"
 
 
+def test_heads_of_one_and_two_layers():
+    """Fig. 5 widens AutoInt's head, which stays one module; images' heads stay in none."""
+    torch.manual_seed(0)
+    one = maoal.make_head(6, 3)
+    two = maoal.make_head(6, 3, hidden=5)
+    x = torch.randn(4, 6)
+    assert torch.equal(one(x), x @ one.weight.T + one.bias)
+    first, last = two[0], two[2]
+    hidden = (x @ first.weight.T + first.bias).clamp(min=0)
+    assert hidden.shape == (4, 5) and (hidden == 0).any()
+    assert torch.allclose(two(x), hidden @ last.weight.T + last.bias)
+
+    network = maoal.AutoInt([5, 3], hidden=8)
+    modules = maoal.partition_modules(network)
+    assert list(modules) == ["embedding", *[f"attention{i}" for i in range(1, 5)], "head"]
+    assert [network.get_parameter(n).shape[0] for n in modules["head"]] == [8, 8, 1, 1]
+    assert network(torch.zeros(2, 2, dtype=torch.long)).shape == (2,)
+
+    images = maoal.PrimaryNetwork(mlp(), [2, 3], hidden=8)
+    assert list(maoal.partition_modules(images)) == ["2"]
+    assert [images(torch.randn(2, 3, 32, 32), task).shape[1] for task in (0, 1)] == [2, 3]
+
+
 def slow_attention(layer, h, fields, head_slices):
     """One of AutoInt's layers for one sample, field by field and head by head."""
     query, key, value, residual = layer.projection.split(layer.projection.shape[1])
@@ -944,6 +967,7 @@ def plain(tmp_path_factory) -> dict:
         "--dev-batch-size 10",
         "--label-fraction 0.5",
         "--auxiliary-weight 0.5",
+        "--head-hidden 8",
         "--train-fraction 0.5",
         "--batch-size 20",
         "--optimizer adam --lr 1e-3",

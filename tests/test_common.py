@@ -10,9 +10,12 @@ import hashlib
 import io
 import itertools
 import math
+import multiprocessing
+import os
 import pickle
 import re
 import runpy
+import signal
 import sys
 import urllib.request
 import warnings
@@ -646,6 +649,45 @@ def test_an_unreadable_image_is_named_in_one_line(tmp_path, workers):
     assert str(bad) in message
     assert "\n" not in message
     assert "Traceback" not in message
+
+
+def test_ctrl_c_while_workers_start_is_not_lost(noise_files, monkeypatch):
+    """Python prints and drops what is raised in a fork's callback, as this one."""
+    armed = [True]
+
+    def press():
+        if armed:
+            armed.clear()
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    loader = make_loader(noise_files.train, noise_files, 4, CPU, train=True, workers=2)
+    os.register_at_fork(after_in_parent=press)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            next(iter(loader))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert len(list(loader)) == len(loader), "none was pressed"
+    finally:
+        armed.clear()
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_worker_says_nothing_when_the_loader_has_gone(capfd):
+    """As multiprocessing's threads report it: through sys.excepthook."""
+    worker = multiprocessing.get_context("fork").Process(target=speak_up)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0
+    assert capfd.readouterr().err == ""
+
+
+def speak_up():
+    common.quiet_worker(0)
+    try:
+        raise ConnectionResetError("the loader has gone")
+    except ConnectionResetError:
+        sys.excepthook(*sys.exc_info())
 
 
 def test_batches_larger_than_the_split_are_refused(synthetic, rooms):

@@ -1257,7 +1257,12 @@ def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
     args = parse_args(argv)
     metric = f"test_{metric_of(args)}"
-    summary = run_seeds(args, train, metric)
+    try:
+        summary = run_seeds(args, train, metric)
+    except RuntimeError as error:  # of a layer that has no second derivative
+        if "is not implemented" not in str(error):
+            raise
+        fail(error)
     if "runs" in summary:
         chosen = f"{metric}_of_best_validation"
         values = [run[chosen] for run in summary["runs"]]
@@ -1272,7 +1277,7 @@ def main(argv=None) -> dict:
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    line = textwrap.shorten(str(message), 275, placeholder=" ...")
     print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -814,7 +814,11 @@ def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
     # torch's forward mode itself calls the deprecated torch.jit.script
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
-    return run_seeds(parse_args(argv), train, "test_accuracy")
+    args = parse_args(argv)
+    try:
+        return run_seeds(args, train, "test_accuracy")
+    except NotImplementedError as error:  # of a layer that has no forward-mode derivative
+        fail(error)
 
 
 # -------- Device and run folder: the same in every script -----------------------------------------
@@ -822,7 +826,7 @@ def main(argv=None) -> dict:
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    line = textwrap.shorten(str(message), 275, placeholder=" ...")
     print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NETS = str(ROOT / "tests/nets.py")
 IMAGES = ["--dataset", "synthetic", "--backbone", f"{NETS}:mlp", "--epochs", "2"]
+SCENES = "--mode combine --dataset synthetic-scenes --width 2 --levels 2"
 SMALL_SUPERNET = ["--crop", "16", "--width", "2", "--depth", "1", "1", "1", "1", "1"]
 
 
@@ -81,7 +82,9 @@ SCRIPTS = {
             "",
             "--aux-set 0",
             "--combiner nonlinear",
-            "--mode combine --dataset synthetic-scenes --width 2 --levels 2",
+            SCENES,
+            f"{SCENES} --combiner conv --upper-every 1",
+            f"{SCENES} --method gcs",
         ],
     ),
     "soft_order": Facts(
@@ -512,6 +515,25 @@ def test_too_little_memory_is_one_line(wamal, tmp_path, capsys):
         with patched_step(wamal, before=ask):
             error = refuses(wamal, capsys, *tiny(wamal, tmp_path))
         assert "out of memory" in error and size in error and "--batch-size" in error
+
+
+@pytest.mark.parametrize(
+    "name, network, said",
+    [
+        ("wamal", "no_forward_mode", "jvp"),
+        ("maxl", "no_forward_mode", "jvp"),
+        ("auxilearn", "no_second_derivative --upper-every 2", "hardsigmoid"),
+        ("maoal", "no_second_derivative", "hardsigmoid"),
+    ],
+)
+def test_a_layer_without_the_derivative_that_a_step_takes_is_one_line(
+    name, network, said, tmp_path, capsys
+):
+    """The methods without such a step train it."""
+    script = importlib.import_module(name)
+    flags = f"--backbone {NETS}:{network}".split()
+    assert said in refuses(script, capsys, *tiny(script, tmp_path), *flags)
+    script.main([*tiny(script, tmp_path), *flags[:2], "--method", "single"])
 
 
 def write_pictures(folder: Path) -> str:

@@ -708,9 +708,15 @@ def write_classes(folder, label_network, split, batches, image_set, device):
             rows.append(pictures(split.take(surest), image_set, device, width=10))
         if rows:
             grid = torch.cat(rows)
-            path = folder / f"class-{c:02d}.png"
-            torchvision.utils.save_image(grid, path, nrow=10, pad_value=1)
+            write_picture(folder / f"class-{c:02d}.png", grid, nrow=10, pad_value=1)
     write_text(folder / "generated_classes.txt", "\n".join(lines) + "\n")
+
+
+def write_picture(path: Path, pictures, **options) -> None:
+    """A PNG of pictures (N, 3, H, W), 0 to 1, side by side."""
+    buffer = io.BytesIO()
+    torchvision.utils.save_image(pictures, buffer, format="png", **options)
+    write_bytes(path, buffer.getbuffer())
 
 
 def pictures(split, image_set, device, width: int):

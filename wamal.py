@@ -684,7 +684,14 @@ def write_weights(folder, label_network, split, batches, image_set, r: float, de
         extreme_loader = make_loader(split.take(extremes), image_set, 64, device, train=False)
         ((x, _, _),) = extreme_loader
         pixels = (x * extreme_loader.std + extreme_loader.mean) / 255
-        torchvision.utils.save_image(pixels, folder / f"{name}_weights.png", nrow=8)
+        write_picture(folder / f"{name}_weights.png", pixels, nrow=8)
+
+
+def write_picture(path: Path, pictures, **options) -> None:
+    """A PNG of pictures (N, 3, H, W), 0 to 1, side by side."""
+    buffer = io.BytesIO()
+    torchvision.utils.save_image(pictures, buffer, format="png", **options)
+    write_bytes(path, buffer.getbuffer())
 
 
 # -------- Command line ----------------------------------------------------------------------------

@@ -446,6 +446,22 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(wamal, t
     assert wamal.main(tiny(wamal, tmp_path, "--resume"))["epochs"] == 2
 
 
+@pytest.mark.parametrize("name", ["wamal", "maxl", "soft_order"])
+def test_a_picture_is_written_whole_or_not_at_all(name, tmp_path, capsys, monkeypatch):
+    """By the function that writes checkpoints, then."""
+    script = importlib.import_module(name)
+    write = script.write_bytes
+
+    def full(path, contents):
+        if path.suffix == ".png":
+            raise script.InputError(f"cannot write {path}: no room")
+        write(path, contents)
+
+    monkeypatch.setattr(script, "write_bytes", full)
+    assert "cannot write" in refuses(script, capsys, *tiny(script, tmp_path))
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_a_folder_that_vanishes_is_one_line(wamal, tmp_path, capsys):
     def remove(network, n):
         if n == 2:

@@ -70,7 +70,8 @@ def reading(path: Path):
         raise InputError(f"reading {path} needs the package {error.name}: {hint}") from error
     except KeyError as error:
         raise InputError(f"cannot read {path}: there is no {error} in it") from error
-    except pickle.UnpicklingError as error:  # torch's message is advice to run what is in the file
+    except (AssertionError, pickle.UnpicklingError) as error:
+        # the one has no message, the other's is torch's advice to run what is in the file
         raise InputError(f"cannot read {path}: it is damaged, or another kind of file") from error
     except Exception as error:  # pickles, archives and images fail in a dozen ways: damaged files
         raise InputError(f"cannot read {path}: {one_line(error)}") from error
@@ -1375,7 +1376,8 @@ def check_range(scene: torch.Tensor, kind: str) -> None:
         inside = inside & (scene == scene.round())
     if not inside.all():
         value = scene[~inside][0]
-        raise ValueError(f"a value is {value:g}, not from {low:g} to {high:g}")
+        allowed = "finite" if math.isinf(low) else f"from {low:g} to {high:g}"
+        raise ValueError(f"a value is {value:g}, not {allowed}")
 
 
 def check_shape(scene: torch.Tensor, others: list[torch.Tensor]) -> None:
@@ -1422,8 +1424,8 @@ def read_png(path: Path, kind: str, size: tuple[int, int] | None) -> torch.Tenso
             return pixels
         if kind == "normal":
             return decode_normals(pixels)
-        no_class = (pixels >= 40) & (pixels < 255)
-        if len(pixels) > 1 or no_class.any():
+        has_8_bits = pixels.dtype == torch.uint8
+        if len(pixels) > 1 or not has_8_bits or ((pixels >= 40) & (pixels < 255)).any():
             raise ValueError("it is not one channel of the classes 0 to 39 and 255 for none")
         return pixels[0].to(torch.int8)  # which makes -1 of 255
 

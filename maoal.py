@@ -200,22 +200,25 @@ def partition_modules(network: nn.Module, how: str = "block") -> dict[str, list[
 
 
 def group_blocks(parameters: dict) -> dict[str, list[str]]:
-    """The parts of the outermost container that has several, each with small layers after it."""
+    """The parts of the outermost container that has several.
+
+    A norm belongs to the part before it, and so does a Linear in a network with convolutions.
+    """
     depth = depth_of_parts(parameters)
     parts = {}
     for name in parameters:
         part = name.split(".")[depth]
         parts.setdefault(part, []).append(name)
 
-    largest = 1  # dimensions of the tensors of a layer that makes no block of its own: a norm
-    if any(p.dim() == 4 for p in parameters.values()):
-        largest = 2  # beside convolutions a Linear makes none either
+    has_convolutions = any(p.dim() == 4 for p in parameters.values())
     blocks = {}
     block = None
     for part, names in parts.items():
         is_layer = all(name.count(".") <= depth + 1 for name in names)
-        is_small = all(parameters[name].dim() <= largest for name in names)
-        if block is None or not (is_layer and is_small):
+        dimensions = max(parameters[name].dim() for name in names)
+        is_norm = is_layer and dimensions <= 1
+        is_linear = is_layer and dimensions == 2
+        if block is None or not (is_norm or (is_linear and has_convolutions)):
             block = part
         blocks.setdefault(block, []).extend(names)
     return blocks
@@ -335,18 +338,24 @@ def add_weighted(field: dict, gradients: dict, modules, weights) -> None:
 
     weights: (m,), or (m + 1,) with a last one for parameters in no module, whose factor is else 1.
     """
-    weight_of = {}
-    for names, weight in zip(modules.values(), weights, strict=False):
-        weight_of.update(dict.fromkeys(names, weight))
     outside = weights.new_ones(())
     if len(weights) > len(modules):
         outside = weights[-1]
+    by_name = weights_by_name(modules, weights)
     for name, gradient in gradients.items():
-        weight = weight_of.get(name, outside)
+        weight = by_name.get(name, outside)
         if name in field:
             field[name] = field[name].addcmul(gradient, weight)
         else:
             field[name] = gradient * weight
+
+
+def weights_by_name(modules, weights) -> dict:
+    """The weight (m,) of each parameter's module, by the parameter's name."""
+    by_name = {}
+    for names, weight in zip(modules.values(), weights, strict=False):
+        by_name.update(dict.fromkeys(names, weight))
+    return by_name
 
 
 def lower_step(network, optimizer, field: dict) -> None:
@@ -508,12 +517,8 @@ def vector_jacobian(vectors: list, gradients: list, inputs: dict) -> dict:
 
 def weigh_modules(v: dict, modules, weights) -> dict:
     """A v: the entries of v times the weight (m,) of their module."""
-    weighted = {}
-    for names, weight in zip(modules.values(), weights, strict=False):
-        for name in names:
-            if name in v:
-                weighted[name] = weight * v[name]
-    return weighted
+    by_name = weights_by_name(modules, weights)
+    return {name: by_name[name] * t for name, t in v.items()}
 
 
 def inner_products(a: dict, b: dict, modules):
@@ -736,8 +741,11 @@ def train(args) -> dict:
             if args.interval and loop % args.interval == 0:
                 keep_best(best, evaluate(network, val_loader), network, epoch + 1, metric)
             if args.method in BILEVEL:  # a step on what is learned (lines 16 to 23)
-                upper = (next(batches), next(dev_batches))
-                norm_sum += upper_step(args, network, learned, upper_optimizer, *upper, modules, lr)
+                own = next(batches)
+                dev = next(dev_batches)
+                norm_sum += upper_step(
+                    args, network, learned, upper_optimizer, own, dev, modules, lr
+                )
 
         # The epoch's figures: its only reads from the device
         progress.close()
@@ -891,6 +899,7 @@ def load_images(args) -> tuple[ImageSet, list[Split], list[str], list[int]]:
     train = image_set.train
     tasks = ["rotation"]
     classes = [4]
+    auxiliary = None
     if args.dataset == "synthetic":
         tasks = ["fine classes"]
         classes = [sum(image_set.hierarchy)]
@@ -899,8 +908,6 @@ def load_images(args) -> tuple[ImageSet, list[Split], list[str], list[int]]:
         tasks = ["wing colour", "bill shape"]
         classes = [15, 9]
         auxiliary = load_cub200_parts(args.data_root)[: len(train)]
-    else:
-        auxiliary = None
     train = Split(train.images, train.labels, auxiliary)
     return image_set, [train], tasks, [image_set.num_classes, *classes]
 
@@ -937,23 +944,26 @@ def endless_batches(args, loaders, auxiliary):
     auxiliary: (N, K), the auxiliary labels of the one loader's images.
     """
     streams = [forever(loader) for loader in loaders]
-    weight = args.auxiliary_weight
     while True:
         x, y, index = next(streams[0])
         batches = [Batch(x, y)]
         for stream in streams[1:]:
             x_own, y_own, _ = next(stream)
-            batches.append(Batch(x_own, y_own, weight))
-        if args.method == "single" or args.dataset == PEOPLE:
-            pass
-        elif args.dataset == RATINGS:
-            batches.append(SquaredNorm(weight))
-        elif auxiliary is not None:
-            batches += [Batch(x, labels, weight) for labels in auxiliary[index].unbind(dim=1)]
-        else:
-            turned, turns = rotate_randomly(x)
-            batches.append(Batch(turned, turns, weight))
+            batches.append(Batch(x_own, y_own, args.auxiliary_weight))
+        if args.method != "single" and args.dataset != PEOPLE:  # whose tasks are the other streams
+            batches += auxiliary_batches(args, x, index, auxiliary)
         yield batches
+
+
+def auxiliary_batches(args, x, index, auxiliary) -> list:
+    """The auxiliary tasks' batches from the primary one's samples x, whose numbers are `index`."""
+    weight = args.auxiliary_weight
+    if args.dataset == RATINGS:
+        return [SquaredNorm(weight)]
+    if auxiliary is not None:
+        return [Batch(x, labels, weight) for labels in auxiliary[index].unbind(dim=1)]
+    turned, turns = rotate_randomly(x)
+    return [Batch(turned, turns, weight)]
 
 
 def build_network(args, data: RunData):

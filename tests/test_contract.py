@@ -629,7 +629,7 @@ def test_seeds_run_in_turn_and_are_summed_up(wamal, tmp_path, capsys):
     assert abs(summary["test_accuracy"] - mean) < 1e-9
     assert abs(summary["test_accuracy_std"] - std) < 1e-9
     assert len(list(tmp_path.iterdir())) == 3
-    assert f"{mean:.2f} +- {std:.2f}" in capsys.readouterr().out.splitlines()[-1]
+    assert f"{mean:.4g} +- {std:.2g}" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_ctrl_c_leaves_a_valid_checkpoint(wamal, tmp_path, capsys):

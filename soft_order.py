@@ -14,7 +14,7 @@ learn its own: at each depth it mixes the outputs of all layers, by D^2 learned 
 
     python soft_order.py --dataset synthetic              error 12.6 % (parallel 34.9 %), 1.5 min
     python soft_order.py --dataset mnist --tasks 10 --max-steps 5000     1.5 % (2.0 %), 3 min
-    python soft_order.py --dataset uci --seeds 0 1 2 3 4      22.1 % (26.9 %), 3 min for a seed
+    python soft_order.py --dataset uci --seeds 0 1 2 3 4      22.2 % (26.5 %), 2 min for a seed
 
 Departures from the paper [P], which is in Keras and has no public code; [?]: what it leaves open:
 - PyTorch, with Keras's initial values (Glorot-uniform, biases 0) and defaults of Adam.

@@ -884,7 +884,7 @@ def load_ratings(args, generator) -> RunData:
     train, dev, val, test = split_ratings(
         ratings,
         generator,
-        dev_size=args.dev_size or 512,
+        dev_size=args.dev_size,
         dev_from=args.dev_from,
         with_dev=args.method in BILEVEL,
     )
@@ -938,11 +938,8 @@ def build_loader(args, data: RunData, split, device, *, train: bool, batch_size=
 
 
 def build_dev_loader(args, data: RunData, device):
-    """D_dev's loader: the batches of the published code's size, or all."""
-    largest = 100
-    if args.dataset == RATINGS:
-        largest = 256
-    batch_size = min(len(data.dev), largest)
+    """D_dev's loader: batches of --dev-batch-size, or all of it."""
+    batch_size = min(len(data.dev), args.dev_batch_size)
     seed = args.seed + len(data.trains)
     return build_loader(args, data, data.dev, device, batch_size=batch_size, train=True, seed=seed)
 
@@ -1126,7 +1123,7 @@ SMALL_IMAGES = {  # of the published code for people
     "weight_decay": 5e-4,
     "lower_steps": 10,
 }
-FILES = {  # of its authors' code for CUB in a paper of ICML 2022
+LARGE_IMAGES = {  # of the same authors' code for CUB, of another paper (ICML 2022)
     "backbone": "resnet18",
     "pretrained": False,
     "epochs": 100,
@@ -1140,14 +1137,22 @@ FILES = {  # of its authors' code for CUB in a paper of ICML 2022
 RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     PEOPLE: SMALL_IMAGES | {"backbone": "resnet18-cifar"},
     "synthetic": SMALL_IMAGES | {"epochs": 4, "batch_size": 50, "lower_steps": 5},
-    "oxford-pet": FILES,
-    "food101": FILES,
-    "folder": FILES,
-    "cub200": FILES | {"pretrained": True},
-    RATINGS: FILES | {"epochs": 15, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0},
+    "oxford-pet": LARGE_IMAGES,
+    "food101": LARGE_IMAGES,
+    "folder": LARGE_IMAGES,
+    "cub200": LARGE_IMAGES | {"pretrained": True},
+    RATINGS: {  # of the published code
+        "epochs": 15,
+        "batch_size": 256,
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "lower_steps": 20,
+    },
 }
 
-PAPER = {
+PAPER = {  # its formulas; the upper optimiser is the published code's for people
     "relu_importance": False,
     "mean_auxiliary": False,
     "hypergrad_lr": None,  # theta's current learning rate
@@ -1155,8 +1160,10 @@ PAPER = {
     "upper_optimizer": "adam",
     "upper_lr": 0.01,
     "upper_weight_decay": 0.0,
-    "dev_from": "validation",
+    "dev_size": None,  # 5 % of the images
+    "dev_batch_size": 100,
 }
+PAPER_RATINGS = PAPER | {"dev_from": "validation", "dev_size": 512, "dev_batch_size": 256}
 PUBLISHED_CODE = PAPER | {
     "relu_importance": True,
     "mean_auxiliary": True,
@@ -1164,7 +1171,7 @@ PUBLISHED_CODE = PAPER | {
     "clip": 10.0,
     "upper_weight_decay": 5e-4,
 }
-PUBLISHED_CODE_RATINGS = PAPER | {
+PUBLISHED_CODE_RATINGS = PAPER_RATINGS | {
     "relu_importance": True,
     "hypergrad_lr": 1.0,
     "clip": 10.0,
@@ -1172,13 +1179,15 @@ PUBLISHED_CODE_RATINGS = PAPER | {
     "upper_lr": 1e-3,
     "dev_from": "train",
 }
-AUXL = PAPER | {
+AUXL = {
     "hypergrad_lr": 1e-4,
     "clip": 10.0,
     "upper_optimizer": "momentum",
     "upper_lr": 1e-3,
     "upper_weight_decay": 5e-4,
 }
+PRESETS = {"paper": PAPER, "published-code": PUBLISHED_CODE}
+PRESETS_OF_RATINGS = {"paper": PAPER_RATINGS, "published-code": PUBLISHED_CODE_RATINGS}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -1201,6 +1210,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--train-fraction", type=part, default=1.0, help="of each class's training images")
     add("--label-fraction", type=part, default=1.0, help="of these that keep their primary label")
     add("--dev-size", type=two, help="of D_dev, in each class alike (default: 5 %%; 512 ratings)")
+    add("--dev-batch-size", type=two, help="of L_0(dev), at most (default: 100; ratings 256)")
     add("--dev-from", choices=["validation", "train"], help="ratings: what D_dev is taken from")
     add("--keep-threes", action="store_true", help="ratings: the published code drops those of 3")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
@@ -1208,7 +1218,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="maoal", help="single: the primary loss alone")
-    add("--preset", choices=["paper", "published-code"], default="paper", help="whose formulas")
+    add("--preset", choices=PRESETS, default="paper", help="whose formulas")
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
     add("--auxiliary-weight", type=factor, help="of their losses (1; ratings 1e-3, equal 1)")
@@ -1268,13 +1278,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--momentum is for --optimizer sgd")
     if args.max_steps is not None:
         recipe = recipe | {"epochs": 1}
-    preset = PAPER
+    preset = PRESETS[args.preset]
+    if kind == RATINGS:
+        preset = PRESETS_OF_RATINGS[args.preset]
     if args.method == "auxl":
-        preset = AUXL
-    elif args.preset == "published-code" and kind == RATINGS:
-        preset = PUBLISHED_CODE_RATINGS
-    elif args.preset == "published-code":
-        preset = PUBLISHED_CODE
+        preset = preset | AUXL
     for name, value in (recipe | preset).items():
         if getattr(args, name) is None:
             setattr(args, name, value)

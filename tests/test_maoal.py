@@ -942,6 +942,7 @@ def plain(tmp_path_factory) -> dict:
         "--upper-lr 0.1",
         "--upper-weight-decay 0.1",
         "--dev-size 20",
+        "--dev-batch-size 7",
         "--label-fraction 0.5",
         "--auxiliary-weight 0.5",
         "--train-fraction 0.5",
@@ -1094,9 +1095,10 @@ def test_presets_are_the_papers_and_the_published_codes():
 
     code = ["--preset", "published-code"]
     ratings = ["--dataset", "movielens-1m"]
-    paper = [False, False, None, 0, "adam", 0.01, 0, "validation"]
-    assert values() == values(*ratings) == paper
-    assert values(*code) == [True, True, 1, 10, "adam", 0.01, 5e-4, "validation"]
+    paper = [False, False, None, 0, "adam", 0.01, 0]
+    assert values() == [*paper, None], "D_dev is of training images"
+    assert values(*ratings) == [*paper, "validation"]
+    assert values(*code) == [True, True, 1, 10, "adam", 0.01, 5e-4, None]
     assert values(*code, *ratings) == [True, False, 1, 10, "momentum", 1e-3, 0, "train"]
     own = values(*code, "--no-relu-importance", "--clip", "0")
     assert own[:4] == [False, True, 1, 0], "a flag of one's own counts"
@@ -1111,7 +1113,7 @@ def test_presets_are_the_papers_and_the_published_codes():
         ("oxford-pet", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
         ("folder:here", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
         ("cub200", ("resnet18", True, 100, 64, "adam", 1e-4, 20)),
-        ("movielens-1m", ("resnet18", False, 15, 256, "adam", 1e-3, 20)),
+        ("movielens-1m", (None, None, 15, 256, "adam", 1e-3, 20)),
     ],
 )
 def test_recipes(dataset, expected):

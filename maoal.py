@@ -6,10 +6,10 @@ how much of each auxiliary gradient each module takes. Every T steps on theta, a
 the primary loss of a small development set D_dev, through the implicit gradient.
 
     (4, 5)  G_j = grad_j L_0 + sum_i alpha_ij grad_j L_i, of module j     module_weighted_gradients
-            (no function's gradient: J = dG/dtheta is not symmetric)
     (6)     theta <- theta - eta_1 G, T times                                           lower_step
     (9)     v_0 = grad L_0(dev),  v_t+1 = v_t - eta_1 J^T v_t,  p = v_0 + ... + v_M  look_back_sum
-            J^T v = H_0 v + sum_i H_i A_i v,  A_i the diagonal matrix of alpha_i
+            J^T v = H_0 v + sum_i H_i A_i v,  (A_i v)_j = alpha_ij v_j,  H_i the Hessian of L_i
+            (J = dG/dtheta is not symmetric, as G is no function's gradient; M = 3)
     (7)     d L_0(dev) / d alpha_ij = -eta_1 <p_j, grad_j L_i>                 importance_gradient
     Alg. 1  alpha <- alpha - eta_2 times that                                      importance_step
 
@@ -18,10 +18,10 @@ the primary loss of a small development set D_dev, through the implicit gradient
     python maoal.py                                  paper: 53.87 %, 200 epochs; not yet run here
 
 The formulas are the paper's [P]. Its settings stand in a supplement that is not to be had; those
-here are of its authors' code [C] (ratings; an older commit: people). --preset published-code takes
-the formulas of [C], too. Departures:
-- Formulas: [P] raw alpha, eta_1 in (9), no clipping; [C] ReLU(alpha), 1 for eta_1, norm at most 10,
-  the auxiliary losses over K. (9) sums M terms in [P]; in Alg. 1, [C] and here M + 1.
+here are of its authors' code [C] (ratings; of an older commit: cifar100-people). --preset
+published-code takes the formulas of [C], too. Departures:
+- Formulas: [P] raw alpha, eta_1 in (7, 9), no clipping; [C] ReLU(alpha), 1 for eta_1, norm at
+  most 10, the auxiliary losses over K. (9) sums M terms in [P]; in Alg. 1, [C] and here M + 1.
 - (9) is of the plain step (6), as in [P] and [C]: momentum, decay and Adam's scaling are not in it.
 - Upper optimiser: [P] SGD of unknown rate; [C] Adam 0.01, decay 5e-4 (images), SGD 0.001, momentum
   0.9 (ratings). Default: Adam 0.01, whose step does not shrink with the factor eta_1 of (7).
@@ -29,9 +29,9 @@ the formulas of [C], too. Departures:
 - Image heads are outside alpha, as in [C], with L_0 + sum_i L_i ([C]: the mean over i). ConvNet4's
   blocks are its convolutions with what follows each; [C] puts all norms into the last.
 - D_dev: [P] from validation, [C] from training data. Image sets have no validation split: a tenth
-  for it and --dev-size are held out of train; methods without D_dev train on D_dev ([P]). Images
-  are rotated once, at random.
-- [C] picks people's epoch on test; here test_accuracy_of_best_validation ([P]).
+  for it and --dev-size are held out of train; methods without an upper step train on D_dev, too
+  ([P]). Images are rotated once, at random.
+- [C] picks the epoch of people on test; here test_accuracy_of_best_validation ([P]).
 - All methods see the same labels: D_dev's, and of the rest those that --label-fraction leaves.
 - Not here, of Tables 1 to 3: Amazon Beauty, NYU v2; HPO-tune is a grid of --auxiliary-weight.
 """
@@ -191,7 +191,8 @@ def partition_modules(network: nn.Module, how: str = "block") -> dict[str, list[
     how (Table 4): "parameter", each tensor is a module; "model", there is one module; "block"
         (Fig. 3), ResNet's stem and four stages, ConvNet4's convolutions, AutoInt's embedding,
         attention layers and head, and of other networks the parts of their outermost container.
-    What is called heads.*, as PrimaryNetwork's are, is in no module.
+    What is called heads.*, as PrimaryNetwork's are, is in no module; AutoInt's `head` is one. A
+    dict of your own does as well: what it leaves out is in no module, and follows all losses.
     Raises ValueError if `how` is none of these.
     """
     parameters = {}
@@ -288,14 +289,15 @@ def task_loss(network, batch, task: int):
 def task_loss_at(network, batch, task: int, theta: dict):
     """L_task, a scalar, with the parameters `theta`, by name, in place of the network's own.
 
-    The pass leaves BatchNorm's running statistics and the random state as they were.
+    What theta lacks, as the heads, stays the network's. BatchNorm's running statistics and the
+    random state are left as they were.
     """
     if isinstance(batch, SquaredNorm):
         return batch.weight * squared_norm(theta)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
-    device = [batch.x.device] if batch.x.is_cuda else []
+    devices = [batch.x.device] if batch.x.is_cuda else []
     # fused attention has no second derivative
-    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(device):
+    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices):
         output = functional_call(network, theta | buffers, (batch.x, task))
         return batch.weight * prediction_loss(output, batch.y)
 
@@ -306,9 +308,12 @@ def task_loss_at(network, batch, task: int, theta: dict):
 # `modules` are those of partition_modules: their parameters' names, by the modules' names.
 # `a` (K, m + 1) is what an Importance returns: alpha, and a last column for what is in no module.
 #
-# To copy: the sections Networks, Losses and this one, and strip_classifier with its helpers from
-# common.py. For another loss of predictions, change prediction_loss alone; for another one of
-# theta alone, do as SquaredNorm does in task_loss, task_loss_at and task_gradient.
+# importance_step's docstring has a whole step as an example.
+#
+# To copy: PrimaryNetwork, Importance, the partition, the section Losses and this one; from
+# common.py strip_classifier, is_linear, Features and InputError. usual_layout only saves a CPU's
+# time. For another loss of predictions, change prediction_loss alone; for another one of theta
+# alone, do as SquaredNorm does in task_loss, task_loss_at and task_gradient.
 
 
 def module_weighted_gradients(network, batches, modules, a):
@@ -319,10 +324,10 @@ def module_weighted_gradients(network, batches, modules, a):
     """
     loss, field = task_gradient(network, batches[0], 0)
     losses = [loss]
-    for i, batch in enumerate(batches[1:], start=1):
-        loss, gradients = task_gradient(network, batch, i)
+    for task, (batch, weights) in enumerate(zip(batches[1:], a, strict=True), start=1):
+        loss, gradients = task_gradient(network, batch, task)
         losses.append(loss)
-        add_weighted(field, gradients, modules, a[i - 1])
+        add_weighted(field, gradients, modules, weights)
     return torch.stack(losses), field
 
 
@@ -356,7 +361,7 @@ def gradient_by_name(loss, theta: dict, create_graph: bool = False) -> dict:
 
 def add_weighted(field: dict, gradients: dict, modules, weights) -> None:
     """Add weights_j gradients_j to field_j; the last of the weights is for what is in no module."""
-    by_name = weights_by_name(modules, weights[:-1])
+    by_name = weights_by_name(modules, weights)
     for name, gradient in gradients.items():
         weight = by_name.get(name, weights[-1])
         if name in field:
@@ -366,15 +371,15 @@ def add_weighted(field: dict, gradients: dict, modules, weights) -> None:
 
 
 def weights_by_name(modules, weights) -> dict:
-    """The weight (m,) of each parameter's module, by the parameter's name."""
+    """The weight, of those (m + 1,), of each parameter's module, by the parameter's name."""
     by_name = {}
-    for names, weight in zip(modules.values(), weights, strict=True):
+    for names, weight in zip(modules.values(), weights[:-1], strict=True):
         by_name.update(dict.fromkeys(names, weight))
     return by_name
 
 
 def set_gradient(p, gradient) -> None:
-    """p.grad, lying in memory as p does: fused optimisers do not look at strides."""
+    """Set p.grad, copied if it lies otherwise in memory than p: fused optimisers do not check."""
     if gradient.stride() != p.stride():
         gradient = torch.empty_like(p).copy_(gradient)
     p.grad = gradient
@@ -411,7 +416,7 @@ def importance_step(
         dev_batch = Batch(torch.randn(8, 3, 32, 32), torch.arange(8) % 3)  # held out of training
         losses, field = module_weighted_gradients(network, batches, modules, importance().detach())
         lower_step(network, optimizer, field)
-        # and after every T of these:
+        # and after every T of these, with new batches:
         importance_step(network, importance, upper_optimizer, batches, dev_batch, modules, lr=0.1)
     """
     a = importance()
@@ -430,7 +435,7 @@ def importance_gradient(network, batches, dev_batch, modules, a, *, lr: float, l
     """(7, 9): d L_0(dev) / d a_ij = -lr <p_j, grad_j L_i>, (K, m).
 
     dev_batch: the batch of L_0(dev).
-    lr: eta_1, theta's learning rate.  look_back: M, the terms of p after the first.
+    lr: eta_1, theta's learning rate now.  look_back: M, the terms of p after the first.
     Changes nothing in the network. Each loss's gradient is taken once, with its graph, which serves
     all M products: memory grows with K.
     """
@@ -450,8 +455,9 @@ def importance_gradient(network, batches, dev_batch, modules, a, *, lr: float, l
         return summed_products(vectors, gradients, theta)
 
     p = look_back_sum(v, transposed_jacobian, lr, look_back)
-    rows = [inner_products(p, of_loss, modules) for of_loss in gradients[1:]]
-    return -lr * torch.stack(rows).detach()
+    with torch.no_grad():  # the gradients still have their graphs
+        rows = [inner_products(p, gradient, modules) for gradient in gradients[1:]]
+    return -lr * torch.stack(rows)
 
 
 def module_parameters(network, modules) -> dict:
@@ -525,17 +531,17 @@ def summed_products(vectors: list, gradients: list, inputs: dict) -> dict:
 
 def weigh_modules(v: dict, modules, weights) -> dict:
     """A v: the entries of v, all in modules, times the weight (m + 1,) of their module."""
-    by_name = weights_by_name(modules, weights[:-1])
+    by_name = weights_by_name(modules, weights)
     return {name: by_name[name] * t for name, t in v.items()}
 
 
-def inner_products(a: dict, b: dict, modules):
-    """<a_j, b_j> for each module j, (m,). A parameter that one of them lacks counts as 0."""
-    zero = next(iter(a.values())).new_zeros(())
+def inner_products(u: dict, v: dict, modules):
+    """<u_j, v_j> for each module j, (m,). A parameter that one of them lacks counts as 0."""
+    zero = next(iter(u.values())).new_zeros(())
     products = []
     for names in modules.values():
-        both = [name for name in names if name in a and name in b]
-        products.append(sum(((a[name] * b[name]).sum() for name in both), start=zero))
+        both = [name for name in names if name in u and name in v]
+        products.append(sum(((u[name] * v[name]).sum() for name in both), start=zero))
     return torch.stack(products)
 
 
@@ -568,6 +574,7 @@ def uncertainty_gradients(network, batches, modules, s):
     Returns the losses (K + 1,), the field by name and the gradient in s, (K + 1,).
     """
     weights = 0.5 * (-s.detach()).exp()
+    # the field has L_0 with the factor 1: its weight is taken out, and put in again
     ratios = (weights[1:] / weights[0])[:, None].expand(-1, len(modules) + 1)
     losses, field = module_weighted_gradients(network, batches, modules, ratios)
     field = {name: weights[0] * gradient for name, gradient in field.items()}
@@ -673,6 +680,7 @@ def train(args) -> dict:
     data = load_data(args)
     network = build_network(args, data).to(device)
     modules = partition_modules(network, args.partition)
+    # maoal's alpha, auxl's g, uncertainty's s, or None
     learned = build_learned(args, len(data.tasks), len(modules))
     if learned is not None:
         learned.to(device)
@@ -1233,7 +1241,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--interval", type=whole, default=0, help="validate after every so many loops, too")
     add("--relu-importance", action=switch, help="negative alpha counts as 0 (published code: yes)")
     add("--mean-auxiliary", action=switch, help="auxiliary losses over K (published code: yes)")
-    add("--hypergrad-lr", type=rate, help="eta_1 in (9) (default: --lr; code: 1; auxl: 1e-4)")
+    add("--hypergrad-lr", type=rate, help="eta_1 in (7, 9) (default: --lr; code: 1; auxl: 1e-4)")
     add("--clip", type=factor, help="norm of the upper gradient; 0: any (code and auxl: 10)")
 
     add = p.add_argument_group("optimisation").add_argument

@@ -10,7 +10,7 @@ In this order:
     Image sets        load_image_set, load_cub200_parts, load_cifar100_people; subsets of splits
     Image loaders     make_loader, forever, rotate_randomly
     Scene sets        load_scene_set, SceneLoader; SceneCrops and augment for training on crops
-    Ratings           load_movielens, split_ratings, RatingLoader
+    Ratings           load_rating_set, split_ratings, RatingLoader
     Task collections  make_random_tasks, make_order_tasks, load_mnist_pairs, load_uci,
                       load_omniglot, load_celeba, TaskLoader
     Backbones         build_backbone, strip_classifier, check_trunk, SegNet
@@ -20,12 +20,16 @@ save and restore it between two passes. Whatever is wrong with the user's files 
 InputError with a message of one line.
 """
 
+import ast
 import copy
+import gzip
 import importlib.util
 import itertools
+import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -1639,6 +1643,58 @@ class Ratings:
         return Ratings(self.x[index], self.y[index], self.sizes)
 
 
+RATING_SETS = ("movielens-1m", "amazon-beauty", "synthetic-ratings", "synthetic-ratings-few")
+
+
+def load_rating_set(name: str, root: str | Path = "data", keep_threes: bool = False) -> Ratings:
+    """A rating set by name, one of RATING_SETS, from `root`. Column 2 of its x is the user.
+
+    keep_threes: see load_movielens.
+    Raises InputError: unknown name, missing data that cannot be downloaded, damaged file.
+    """
+    if name == "movielens-1m":
+        return load_movielens(root, keep_threes)
+    if name == "amazon-beauty":
+        return load_amazon_beauty(root)
+    if name == "synthetic-ratings":
+        return make_ratings(users=80, movies=100)
+    if name == "synthetic-ratings-few":
+        return make_ratings(users=2000, movies=20)
+    raise InputError(f"unknown dataset {name!r}; the rating sets are {', '.join(RATING_SETS)}")
+
+
+def make_ratings(
+    users: int,
+    movies: int,
+    count: int = 8000,
+    rank: int = 2,
+    noise: float = 0.1,
+    seed: int = 0,
+) -> Ratings:
+    """`count` ratings made in memory, of different pairs of a user and a movie.
+
+    A rating is 3 + <user, movie> + noise, where each user and each movie is a vector of `rank`
+    normal numbers, so that <user, movie> has variance 1. The fields are MovieLens's: the genre, the
+    gender, the age and the occupation are drawn at random and say nothing.
+
+    noise: its standard deviation, the least RMSE that there is.
+    seed: the data's own seed, so that runs with different seeds see the same ratings.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    of_user = torch.randn(users, rank, generator=generator)
+    of_movie = torch.randn(movies, rank, generator=generator) / math.sqrt(rank)
+    pair = torch.randperm(users * movies, generator=generator)[:count]
+    user, movie = pair // movies, pair % movies
+    y = 3 + (of_user[user] * of_movie[movie]).sum(dim=1)
+    y = y + noise * torch.randn(count, generator=generator)
+
+    sizes = [movies, 18, users, 2, 7, 21]
+    genre = torch.randint(18, (movies,), generator=generator)
+    about = [torch.randint(size, (users,), generator=generator) for size in sizes[3:]]
+    x = [movie, genre[movie], user, *(field[user] for field in about)]
+    return Ratings(torch.stack(x, dim=1), y, sizes)
+
+
 def load_movielens(root: str | Path = "data", keep_threes: bool = False) -> Ratings:
     """MovieLens-1M from `root`/ml-1m, downloaded there if it is not there.
 
@@ -1700,6 +1756,77 @@ def rows_of(ids: np.ndarray, table: np.ndarray, path: Path) -> list[int]:
     if unknown:
         raise InputError(f"{path} has no line for {min(unknown)}, which is in the ratings")
     return [row_of[key] for key in ids.tolist()]
+
+
+AMAZON_REVIEWS = ("reviews_Beauty_5.json", "reviews_Beauty.json")  # the first: 5 or more of each
+AMAZON_ITEMS = ("meta_Beauty.json",)
+
+
+def load_amazon_beauty(root: str | Path = "data") -> Ratings:
+    """Amazon Beauty of 2014 from `root`/amazon-beauty: reviews and metadata, unpacked or .gz.
+
+    The fields are item, its category (the last, and finest, of its first path) and user. Ratings
+    are 1 to 5.
+    """
+    folder = Path(root).expanduser() / "amazon-beauty"
+    reviews_file = find_amazon_file(folder, AMAZON_REVIEWS)
+    items_file = find_amazon_file(folder, AMAZON_ITEMS)
+    users = []
+    items = []
+    stars = []
+    with reading(reviews_file), open_text(reviews_file) as file:
+        for line in file:
+            review = json.loads(line)
+            users.append(review["reviewerID"])
+            items.append(review["asin"])
+            stars.append(review["overall"])
+        y = torch.tensor(stars)
+        wrong = ~((y >= 1) & (y <= 5))
+        if len(y) == 0 or wrong.any():
+            found = f"a rating is {y[wrong][0]:g}" if len(y) else "there is no review in it"
+            raise ValueError(f"{found}; ratings are from 1 to 5")
+
+    category_of = read_amazon_categories(items_file, set(items))
+    missing = set(items) - category_of.keys()
+    if missing:
+        raise InputError(f"{items_file} has no line for {min(missing)}, which is in the reviews")
+
+    x = []
+    sizes = []
+    for values in (items, [category_of[item] for item in items], users):
+        categories, codes = np.unique(values, return_inverse=True)
+        x.append(torch.from_numpy(codes))
+        sizes.append(len(categories))
+    return Ratings(torch.stack(x, dim=1), y.float(), sizes)
+
+
+def find_amazon_file(folder: Path, names: tuple[str, ...]) -> Path:
+    """The first of these files that is there, unpacked or as name.gz."""
+    for name in names:
+        for path in (folder / name, folder / f"{name}.gz"):
+            if path.exists():
+                return path
+    wanted = "reviews_Beauty_5.json.gz and meta_Beauty.json.gz"
+    hint = f"put {wanted} of the 2014 release into {folder}"
+    raise InputError(f"amazon-beauty: no {folder / names[0]}.gz; {hint}")
+
+
+def open_text(path: Path):
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8")
+
+
+def read_amazon_categories(path: Path, items: set[str]) -> dict[str, str]:
+    """Each item's category. The lines are Python's literals, which are read and never run."""
+    category_of = {}
+    with reading(path), open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            found = re.search(r"""['"]asin['"]: ?['"](\w+)['"]""", line)
+            if found is None:
+                raise ValueError(f"line {number} has no asin")
+            if found[1] in items:
+                category_of[found[1]] = ast.literal_eval(line)["categories"][0][-1]
+    return category_of
 
 
 def split_ratings(

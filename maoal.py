@@ -64,6 +64,7 @@ from tqdm import tqdm
 from common import (
     BACKBONES,
     IMAGE_SETS,
+    RATING_SETS,
     Features,
     ImageSet,
     InputError,
@@ -78,7 +79,7 @@ from common import (
     load_cifar100_people,
     load_cub200_parts,
     load_image_set,
-    load_movielens,
+    load_rating_set,
     make_loader,
     reading,
     rotate_randomly,
@@ -90,18 +91,25 @@ from common import (
 # -------- Networks --------------------------------------------------------------------------------
 
 
+def make_head(width: int, out: int, hidden: int = 0) -> nn.Module:
+    """Features (B, width) to outputs (B, out): linear, or an MLP of two layers if `hidden` > 0."""
+    if hidden == 0:
+        return nn.Linear(width, out)
+    return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
 class PrimaryNetwork(nn.Module):
-    """theta, the network of all tasks: a trunk that they share, and a linear head for each.
+    """theta, the network of all tasks: a trunk that they share, and a head for each.
 
     backbone: an image classifier; the trunk is a copy of it without its last layer.
-    num_classes: of each task, the primary one first.
+    num_classes: of each task, the primary one first.  hidden: of the heads, see make_head.
     Called with x (B, 3, H, W) and the number of a task, returns its logits (B, num_classes[task]).
     """
 
-    def __init__(self, backbone: nn.Module, num_classes: list[int]):
+    def __init__(self, backbone: nn.Module, num_classes: list[int], hidden: int = 0):
         super().__init__()
         self.trunk, width = strip_classifier(backbone)
-        self.heads = nn.ModuleList(nn.Linear(width, n) for n in num_classes)
+        self.heads = nn.ModuleList(make_head(width, n, hidden) for n in num_classes)
 
     def forward(self, x, task: int = 0):
         return self.heads[task](self.trunk(x))
@@ -136,18 +144,27 @@ class AutoInt(nn.Module):
 
     field_sizes: how many categories each of the F fields has. One table embeds them all, with one
         row too many, as published.
+    hidden: of the head, see make_head.
     Called with x (B, F), categories counted from 0 in each field, returns ratings (B,). There is
     one task: `task` is there for the call's sake.
     """
 
-    def __init__(self, field_sizes: list[int], width: int = 16, layers: int = 4, heads: int = 4):
+    def __init__(
+        self,
+        field_sizes: list[int],
+        width: int = 16,
+        layers: int = 4,
+        heads: int = 4,
+        hidden: int = 0,
+    ):
         super().__init__()
         self.layers = layers
         table = torch.empty(sum(field_sizes) + 1, width)
         self.embedding = nn.Parameter(nn.init.xavier_uniform_(table))
         for i in range(layers):  # no ModuleList: by these names, each is a module of (4)
             self.add_module(f"attention{i + 1}", InteractingLayer(width, heads))
-        self.head = nn.Linear(len(field_sizes) * width, 1)  # a module, too, as in Fig. 3
+        # a module, too, as in Fig. 3
+        self.head = make_head(len(field_sizes) * width, 1, hidden)
         offsets = torch.tensor([0, *field_sizes[:-1]]).cumsum(0)  # (F,)
         self.register_buffer("offsets", offsets, persistent=False)
 
@@ -779,6 +796,7 @@ def train(args) -> dict:
         metrics[f"val_{metric}"] = float(performance)
         metrics[f"test_{metric}"] = float(evaluate(network, test_loader))
         if args.method == "maoal":
+            metrics["mean_importance"] = float(learned.weight.detach().mean())
             metrics["importance"] = importance_by_name(learned, data.tasks, modules)
         check_finite(metrics, "loss", "auxiliary_loss", "weight_norm", "upper_gradient_norm_sum")
 
@@ -854,7 +872,7 @@ class RunData:
 def load_data(args) -> RunData:
     """The run's data set, split from a generator with its seed."""
     generator = torch.Generator().manual_seed(args.seed)
-    if args.dataset == RATINGS:
+    if args.dataset in RATING_SETS:
         return load_ratings(args, generator)
 
     image_set, trains, tasks, classes = load_images(args)
@@ -887,8 +905,8 @@ def load_data(args) -> RunData:
 
 
 def load_ratings(args, generator) -> RunData:
-    """MovieLens-1M: the auxiliary loss is the squared norm of theta."""
-    ratings = load_movielens(args.data_root, args.keep_threes)
+    """Ratings, whose auxiliary loss is the squared norm of theta."""
+    ratings = load_rating_set(args.dataset, args.data_root, args.keep_threes)
     train, dev, val, test = split_ratings(
         ratings,
         generator,
@@ -974,7 +992,7 @@ def endless_batches(args, loaders, auxiliary):
 def auxiliary_batches(args, x, index, auxiliary) -> list:
     """The auxiliary tasks' batches from the primary one's samples x, whose numbers are `index`."""
     weight = args.auxiliary_weight
-    if args.dataset == RATINGS:
+    if args.dataset in RATING_SETS:
         return [SquaredNorm(weight)]
     if auxiliary is not None:
         return [Batch(x, labels, weight) for labels in auxiliary[index].unbind(dim=1)]
@@ -984,9 +1002,10 @@ def auxiliary_batches(args, x, index, auxiliary) -> list:
 
 def build_network(args, data: RunData):
     """theta, on the CPU."""
-    if args.dataset == RATINGS:
-        return AutoInt(data.trains[0].sizes)
-    network = PrimaryNetwork(build_backbone(args.backbone, args.pretrained), data.classes)
+    if args.dataset in RATING_SETS:
+        return AutoInt(data.trains[0].sizes, hidden=args.head_hidden)
+    backbone = build_backbone(args.backbone, args.pretrained)
+    network = PrimaryNetwork(backbone, data.classes, args.head_hidden)
     check_trunk(network.trunk, args.backbone, data.image_set.image_size)
     return network
 
@@ -1027,7 +1046,7 @@ def build_scheduler(args, optimizer):
 
 def metric_of(args) -> str:
     """What the run is measured by."""
-    if args.dataset == RATINGS:
+    if args.dataset in RATING_SETS:
         return "rmse"
     return "accuracy"
 
@@ -1115,9 +1134,8 @@ def importance_table(metrics: dict) -> str:
 
 METHODS = ("maoal", "single", "equal", "uncertainty", "gcs", "auxl")
 BILEVEL = ("maoal", "auxl")  # the methods with an upper step
-RATINGS = "movielens-1m"
 PEOPLE = "cifar100-people"
-SETS = (*IMAGE_SETS, PEOPLE, RATINGS)
+SETS = (*IMAGE_SETS, PEOPLE, *RATING_SETS)
 BEST = {"accuracy": max, "rmse": min}
 
 SMALL_IMAGES = {  # of the published code for people
@@ -1142,6 +1160,16 @@ LARGE_IMAGES = {  # of the same authors' code for CUB, of another paper (ICML 20
     "weight_decay": 5e-4,
     "lower_steps": 20,
 }
+RATINGS = {  # of the published code
+    "epochs": 15,
+    "batch_size": 256,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "lower_steps": 20,
+}
+SYNTHETIC_RATINGS = RATINGS | {"epochs": 40, "batch_size": 64, "lr": 3e-3}
 RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     PEOPLE: SMALL_IMAGES | {"backbone": "resnet18-cifar"},
     "synthetic": SMALL_IMAGES | {"epochs": 4, "batch_size": 50, "lower_steps": 5},
@@ -1149,18 +1177,14 @@ RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     "food101": LARGE_IMAGES,
     "folder": LARGE_IMAGES,
     "cub200": LARGE_IMAGES | {"pretrained": True},
-    RATINGS: {  # of the published code
-        "epochs": 15,
-        "batch_size": 256,
-        "optimizer": "adam",
-        "lr": 1e-3,
-        "momentum": 0.9,
-        "weight_decay": 0.0,
-        "lower_steps": 20,
-    },
+    "movielens-1m": RATINGS,
+    "amazon-beauty": RATINGS,
+    "synthetic-ratings": SYNTHETIC_RATINGS,
+    "synthetic-ratings-few": SYNTHETIC_RATINGS,
 }
 
 PAPER = {  # its formulas; the upper optimiser is the published code's for people
+    "look_back": 3,
     "relu_importance": False,
     "mean_auxiliary": False,
     "hypergrad_lr": None,  # theta's current learning rate
@@ -1187,7 +1211,19 @@ PUBLISHED_CODE_RATINGS = PAPER_RATINGS | {
     "upper_lr": 1e-3,
     "dev_from": "train",
 }
+OWN_RATINGS = PAPER | {  # why: tests/results/README.md
+    "lower_steps": 10,
+    "look_back": 5,
+    "relu_importance": True,
+    "hypergrad_lr": 0.01,
+    "clip": 1e-4,
+    "upper_lr": 0.05,
+    "dev_from": "train",
+    "dev_size": 1000,
+    "dev_batch_size": 1000,
+}
 AUXL = {
+    "look_back": 3,
     "hypergrad_lr": 1e-4,
     "clip": 10.0,
     "upper_optimizer": "momentum",
@@ -1195,7 +1231,11 @@ AUXL = {
     "upper_weight_decay": 5e-4,
 }
 PRESETS = {"paper": PAPER, "published-code": PUBLISHED_CODE}
-PRESETS_OF_RATINGS = {"paper": PAPER_RATINGS, "published-code": PUBLISHED_CODE_RATINGS}
+PRESETS_OF_RATINGS = {
+    "own": OWN_RATINGS,
+    "paper": PAPER_RATINGS,
+    "published-code": PUBLISHED_CODE_RATINGS,
+}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -1217,8 +1257,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--train-fraction", type=part, default=1.0, help="of each class's training images")
     add("--label-fraction", type=part, default=1.0, help="of these that keep their primary label")
-    add("--dev-size", type=two, help="of D_dev, in each class alike (default: 5 %%; 512 ratings)")
-    add("--dev-batch-size", type=two, help="of L_0(dev), at most (default: 100; ratings 256)")
+    add("--dev-size", type=two, help="of D_dev, in each class alike (default: 5 %%; ratings 1000)")
+    add("--dev-batch-size", type=two, help="of L_0(dev), at most (default: 100; ratings: all)")
     add("--dev-from", choices=["validation", "train"], help="ratings: what D_dev is taken from")
     add("--keep-threes", action="store_true", help="ratings: the published code drops those of 3")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
@@ -1226,9 +1266,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="maoal", help="single: the primary loss alone")
-    add("--preset", choices=PRESETS, default="paper", help="whose formulas")
+    add("--preset", choices=PRESETS_OF_RATINGS, help="whose formulas (paper; ratings: own)")
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
+    add("--head-hidden", type=whole, default=0, help="of heads of two layers (Fig. 5); 0: linear")
     add("--auxiliary-weight", type=factor, help="of their losses (1; ratings 1e-3, equal 1)")
     add(
         "--partition",
@@ -1237,7 +1278,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="what a module is (Table 4)",
     )
     add("--lower-steps", type=count, help="T (default: 10; files and ratings 20, synthetic 5)")
-    add("--look-back", type=number(int, 0), default=3, help="M, terms of p after the first (9)")
+    add("--look-back", type=number(int, 0), help="M, terms of p after the first (3; own: 5)")
     add("--interval", type=whole, default=0, help="validate after every so many loops, too")
     add("--relu-importance", action=switch, help="negative alpha counts as 0 (published code: yes)")
     add("--mean-auxiliary", action=switch, help="auxiliary losses over K (published code: yes)")
@@ -1264,31 +1305,36 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = p.parse_args(argv)
 
     kind = args.dataset.partition(":")[0]
+    has_ratings = kind in RATING_SETS
     if args.dataset not in SETS and kind != "folder":
         p.error(f"unknown dataset {args.dataset!r}; the sets are {', '.join(SETS)}")
-    if kind == RATINGS and (args.backbone or args.pretrained or args.image_size):
-        p.error(f"--backbone, --pretrained and --image-size are not for --dataset {RATINGS}")
-    if kind == RATINGS and min(args.train_fraction, args.label_fraction) < 1:
-        p.error(f"--train-fraction and --label-fraction are not for --dataset {RATINGS}")
-    if kind != RATINGS and (args.keep_threes or args.dev_from):
-        p.error(f"--keep-threes and --dev-from are for --dataset {RATINGS}")
+    if has_ratings and (args.backbone or args.pretrained or args.image_size):
+        p.error(f"--backbone, --pretrained and --image-size are not for --dataset {kind}")
+    if has_ratings and min(args.train_fraction, args.label_fraction) < 1:
+        p.error(f"--train-fraction and --label-fraction are not for --dataset {kind}")
+    if args.keep_threes and kind != "movielens-1m":
+        p.error("--keep-threes is for --dataset movielens-1m")
+    if args.dev_from and not has_ratings:
+        p.error(f"--dev-from is for ratings: {', '.join(RATING_SETS)}")
+    if args.preset == "own" and not has_ratings:
+        p.error(f"--preset own is for ratings: {', '.join(RATING_SETS)}")
     if args.auxiliary_weight is not None and args.method == "single":
         p.error("--auxiliary-weight is not for --method single, which has no auxiliary loss")
-    if args.preset != "paper" and args.method != "maoal":
-        p.error(f"--preset {args.preset} is for --method maoal")
+    if args.preset == "published-code" and args.method != "maoal":
+        p.error("--preset published-code is for --method maoal")
 
     recipe = RECIPES.get(kind, SMALL_IMAGES)
     if args.auxiliary_weight is None:
         args.auxiliary_weight = 1.0
-        if kind == RATINGS and args.method != "equal":
+        if has_ratings and args.method != "equal":
             args.auxiliary_weight = 1e-3
     if args.momentum is not None and (args.optimizer or recipe["optimizer"]) != "sgd":
         p.error("--momentum is for --optimizer sgd")
     if args.max_steps is not None:
         recipe = recipe | {"epochs": 1}
-    preset = PRESETS[args.preset]
-    if kind == RATINGS:
-        preset = PRESETS_OF_RATINGS[args.preset]
+    if args.preset is None:
+        args.preset = "own" if has_ratings else "paper"
+    preset = PRESETS_OF_RATINGS[args.preset] if has_ratings else PRESETS[args.preset]
     if args.method == "auxl":
         preset = preset | AUXL
     for name, value in (recipe | preset).items():

@@ -6,9 +6,11 @@ The write_* functions are there for the other tests too.
 import builtins
 import copy
 import functools
+import gzip
 import hashlib
 import io
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -1106,6 +1108,97 @@ def test_ratings_are_split_as_paper_and_code_have_it(tmp_path):
         parts_of(dev_from="test")
     with pytest.raises(InputError, match="108 ratings are too few for a D_dev of 512"):
         common.split_ratings(ratings, seeded(0))
+
+
+AMAZON = [  # user, item, stars
+    ("A2", "B0001", 5.0),
+    ("A1", "B0002", 1.0),
+    ("A2", "7806397051", 3.0),
+    ("A3", "B0001", 4.0),
+]
+
+
+def write_amazon(root: Path, packed: bool = False, five: bool = True) -> list[Path]:
+    """Reviews and metadata as those of Beauty: the latter as Python writes dicts, with one more."""
+    folder = root / "amazon-beauty"
+    folder.mkdir(parents=True, exist_ok=True)
+    reviews = ""
+    for user, item, stars in AMAZON:
+        review = {"reviewerID": user, "asin": item, "helpful": [0, 1], "overall": stars}
+        reviews += json.dumps(review | {"reviewText": "It's \u00e9 good", "summary": "\n"}) + "\n"
+    paths = {"B0001": [["Beauty", "Hair Care", "Shampoos"], ["Sale"]]}
+    paths["7806397051"] = [["Beauty", "Makeup"]]
+    paths["B0002"] = [["Beauty", "Hair Care", "Shampoos"]]
+    paths["B0009"] = [["Beauty", "Tools"]]
+    items = ""
+    for item, categories in paths.items():
+        items += repr({"asin": item, "title": "Don't \xe9", "categories": categories}) + "\n"
+    files = []
+    reviews_name = "reviews_Beauty_5.json" if five else "reviews_Beauty.json"
+    for name, text in ((reviews_name, reviews), ("meta_Beauty.json", items)):
+        if packed:
+            files.append(folder / f"{name}.gz")
+            files[-1].write_bytes(gzip.compress(text.encode()))
+        else:
+            files.append(folder / name)
+            files[-1].write_text(text)
+    return files
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("five", [True, False])
+def test_amazon_beauty_is_read_as_released(tmp_path, packed, five):
+    write_amazon(tmp_path, packed, five)
+    ratings = common.load_rating_set("amazon-beauty", tmp_path)
+    assert ratings.sizes == [3, 2, 3], "items, categories and users that have ratings"
+    assert ratings.y.tolist() == [5, 1, 3, 4]
+    item, category, user = ratings.x.T.tolist()
+    assert item == [1, 2, 0, 1] and user == [1, 0, 1, 2]
+    assert category == [1, 1, 0, 1], "Makeup, Shampoos"
+
+
+def test_amazon_beauty_says_which_file_is_missing(tmp_path):
+    with pytest.raises(InputError, match=r"put reviews_Beauty_5.json.gz and meta_Beauty.json.gz"):
+        common.load_amazon_beauty(tmp_path)
+    _, items = write_amazon(tmp_path)
+    items.unlink()
+    with pytest.raises(InputError, match=r"no .*meta_Beauty.json.gz"):
+        common.load_amazon_beauty(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, users", [("synthetic-ratings", 80), ("synthetic-ratings-few", 2000)]
+)
+def test_synthetic_ratings_are_of_many_or_few_a_user(name, users):
+    ratings = common.load_rating_set(name)
+    movies = ratings.sizes[0]
+    assert ratings.sizes == [movies, 18, users, 2, 7, 21]
+    assert len(ratings) == 8000
+    assert ratings.x.amin(0).min() >= 0
+    assert (ratings.x.amax(0) < torch.tensor(ratings.sizes)).all()
+    pairs = ratings.x[:, 2] * movies + ratings.x[:, 0]
+    assert len(pairs.unique()) == 8000, "a user rates a movie once"
+    of_user = len(ratings.x[:, 2:].unique(dim=0))
+    of_movie = len(ratings.x[:, :2].unique(dim=0))
+    assert (of_user, of_movie) == (len(ratings.x[:, 2].unique()), movies), "what is known of them"
+    assert abs(float(ratings.y.mean()) - 3) < 0.3 and 0.7 < float(ratings.y.std()) < 1.3
+
+
+def test_synthetic_ratings_are_of_low_rank_plus_noise():
+    def table(noise):
+        ratings = common.make_ratings(users=30, movies=20, count=600, noise=noise)
+        full = torch.zeros(30, 20, dtype=torch.float64)
+        full[ratings.x[:, 2], ratings.x[:, 0]] = ratings.y.double() - 3
+        return full
+
+    assert torch.linalg.matrix_rank(table(0.0), rtol=1e-5) == 2
+    assert torch.linalg.matrix_rank(table(0.1), rtol=1e-5) == 20
+    assert float((table(0.1) - table(0.0)).std()) == pytest.approx(0.1, abs=0.01)
+
+
+def test_an_unknown_rating_set_is_told_the_known_ones():
+    with pytest.raises(InputError, match="the rating sets are movielens-1m, amazon-beauty"):
+        common.load_rating_set("movielens-20m")
 
 
 def test_movielens_says_what_is_wrong(tmp_path, monkeypatch):

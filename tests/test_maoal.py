@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, relative_difference
 from nets import dropout, like_timm, mlp, small_vit
-from test_common import write_cifar100, write_cub, write_movielens
+from test_common import write_amazon, write_cifar100, write_cub, write_movielens
 from test_contract import refuses
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -138,6 +138,29 @@ def test_autoint_is_the_published_one():
     for matrix in network.attention1.projection.detach().split(16):
         bound = float(matrix.abs().max())
         assert bound == pytest.approx(math.sqrt(6 / 32), abs=0.02), "Xavier-uniform, 16 x 16"
+
+
+def test_heads_of_one_and_two_layers():
+    """Fig. 5 widens AutoInt's head, which stays one module; images' heads stay in none."""
+    torch.manual_seed(0)
+    one = maoal.make_head(6, 3)
+    two = maoal.make_head(6, 3, hidden=5)
+    x = torch.randn(4, 6)
+    assert torch.equal(one(x), x @ one.weight.T + one.bias)
+    first, last = two[0], two[2]
+    hidden = (x @ first.weight.T + first.bias).clamp(min=0)
+    assert hidden.shape == (4, 5) and (hidden == 0).any()
+    assert torch.allclose(two(x), hidden @ last.weight.T + last.bias)
+
+    network = maoal.AutoInt([5, 3], hidden=8)
+    modules = maoal.partition_modules(network)
+    assert list(modules) == ["embedding", *[f"attention{i}" for i in range(1, 5)], "head"]
+    assert [network.get_parameter(n).shape[0] for n in modules["head"]] == [8, 8, 1, 1]
+    assert network(torch.zeros(2, 2, dtype=torch.long)).shape == (2,)
+
+    images = maoal.PrimaryNetwork(mlp(), [2, 3], hidden=8)
+    assert list(maoal.partition_modules(images)) == ["2"]
+    assert [images(torch.randn(2, 3, 32, 32), task).shape[1] for task in (0, 1)] == [2, 3]
 
 
 def slow_attention(layer, h, fields, head_slices):
@@ -894,9 +917,19 @@ def test_ratings_train_with_every_method(tmp_path, movielens, method):
         assert list(history[-1]["importance"]) == ["L2"]
 
 
+def test_amazon_beauty_trains(tmp_path):
+    reviews, _ = write_amazon(tmp_path)
+    reviews.write_text(reviews.read_text() * 20)
+    flags = ["--dataset", "amazon-beauty", "--data-root", tmp_path, "--dev-size", 2]
+    flags += ["--batch-size", 8, "--epochs", 2, "--lower-steps", 2, "--out-dir", tmp_path / "runs"]
+    summary = maoal.main([str(flag) for flag in [*flags, "--device", "cpu"]])
+    assert summary["epochs"] == 2
+    assert set(metrics_of(summary)[-1]["importance"]["L2"]) >= {"embedding", "head"}
+
+
 def test_too_few_ratings_are_one_line(tmp_path, movielens, capsys):
     flags = ["--dataset", "movielens-1m", "--data-root", movielens, "--out-dir", tmp_path / "runs"]
-    assert "too few for a D_dev of 512" in refuses(maoal, capsys, *flags)
+    assert "too few for a D_dev of 1000" in refuses(maoal, capsys, *flags)
     error = refuses(maoal, capsys, *flags, "--dev-size", 16, "--batch-size", 5000)
     assert "not a batch of 5000" in error
     assert not (tmp_path / "runs").exists()
@@ -942,9 +975,10 @@ def plain(tmp_path_factory) -> dict:
         "--upper-lr 0.1",
         "--upper-weight-decay 0.1",
         "--dev-size 20",
-        "--dev-batch-size 7",
+        "--dev-batch-size 10",
         "--label-fraction 0.5",
         "--auxiliary-weight 0.5",
+        "--head-hidden 8",
         "--train-fraction 0.5",
         "--batch-size 20",
         "--optimizer adam --lr 1e-3",
@@ -1097,12 +1131,43 @@ def test_presets_are_the_papers_and_the_published_codes():
     ratings = ["--dataset", "movielens-1m"]
     paper = [False, False, None, 0, "adam", 0.01, 0]
     assert values() == [*paper, None], "D_dev is of training images"
-    assert values(*ratings) == [*paper, "validation"]
+    assert values(*ratings, "--preset", "paper") == [*paper, "validation"]
     assert values(*code) == [True, True, 1, 10, "adam", 0.01, 5e-4, None]
     assert values(*code, *ratings) == [True, False, 1, 10, "momentum", 1e-3, 0, "train"]
+    assert values(*ratings) == [True, False, 0.01, 1e-4, "adam", 0.05, 0, "train"]
     own = values(*code, "--no-relu-importance", "--clip", "0")
     assert own[:4] == [False, True, 1, 0], "a flag of one's own counts"
     assert values("--method", "auxl")[2:7] == [1e-4, 10, "momentum", 1e-3, 5e-4]
+    assert values("--method", "auxl", *ratings)[2:] == [1e-4, 10, "momentum", 1e-3, 5e-4, "train"]
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--dataset synthetic", (5, 3, None, 100)),
+        ("--dataset movielens-1m", (10, 5, 1000, 1000)),
+        ("--dataset synthetic-ratings-few", (10, 5, 1000, 1000)),
+        ("--dataset movielens-1m --preset paper", (20, 3, 512, 256)),
+        ("--dataset movielens-1m --preset published-code", (20, 3, 512, 256)),
+        ("--dataset movielens-1m --method auxl", (10, 3, 1000, 1000)),
+        ("--dataset movielens-1m --dev-size 7 --dev-batch-size 3 --look-back 0", (10, 0, 7, 3)),
+    ],
+)
+def test_presets_of_ratings_differ_in_d_dev_and_loops(flags, expected):
+    a = maoal.parse_args(flags.split())
+    assert (a.lower_steps, a.look_back, a.dev_size, a.dev_batch_size) == expected
+
+
+@pytest.mark.parametrize("size, batches", [(1000, [1000]), (300, [300] * 3)])
+def test_d_dev_is_one_batch_or_several(size, batches):
+    flags = ["--dataset", "synthetic-ratings", "--dev-batch-size", str(size)]
+    args = maoal.parse_args(flags)
+    args.seed = 0
+    data = maoal.load_data(args)
+    assert len(data.dev) == 1000
+    assert data.dev.x[:, 2].bincount().max() < 30, "spread over the users"
+    loader = maoal.build_dev_loader(args, data, "cpu")
+    assert [len(x) for x, _, _ in loader] == batches
 
 
 @pytest.mark.parametrize(
@@ -1113,7 +1178,8 @@ def test_presets_are_the_papers_and_the_published_codes():
         ("oxford-pet", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
         ("folder:here", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
         ("cub200", ("resnet18", True, 100, 64, "adam", 1e-4, 20)),
-        ("movielens-1m", (None, None, 15, 256, "adam", 1e-3, 20)),
+        ("movielens-1m", (None, None, 15, 256, "adam", 1e-3, 10)),
+        ("synthetic-ratings", (None, None, 40, 64, "adam", 3e-3, 10)),
     ],
 )
 def test_recipes(dataset, expected):
@@ -1126,7 +1192,11 @@ def test_recipes(dataset, expected):
     "flags, said",
     [
         ("--method single --preset published-code", "published-code is for --method maoal"),
-        ("--keep-threes", "--keep-threes and --dev-from are for --dataset movielens-1m"),
+        ("--keep-threes", "--keep-threes is for --dataset movielens-1m"),
+        ("--dataset synthetic-ratings --keep-threes", "--keep-threes is for --dataset movielens"),
+        ("--dev-from train", "--dev-from is for ratings: movielens-1m"),
+        ("--preset own", "--preset own is for ratings: movielens-1m"),
+        ("--dataset synthetic-ratings --dev-size 6400", "8000 ratings are too few"),
         ("--dataset movielens-1m --backbone resnet18", "not for --dataset movielens-1m"),
         ("--dataset movielens-1m --label-fraction 0.5", "not for --dataset movielens-1m"),
         ("--optimizer adam --momentum 0.5", "--momentum is for --optimizer sgd"),

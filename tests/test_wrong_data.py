@@ -256,6 +256,39 @@ def test_faults_of_movielens(tmp_path, fault):
     assert said in refusal(lambda: common.load_movielens(tmp_path), path)
 
 
+AMAZON_FAULTS = {
+    "star": (0, '{"reviewerID": "A", "asin": "B0001", "overall": 9}\n', "a rating is 9"),
+    "nan": (0, '{"reviewerID": "A", "asin": "B0001", "overall": NaN}\n', "a rating is nan"),
+    "word": (0, '{"reviewerID": "A", "asin": "B0001", "overall": "good"}\n', "cannot read"),
+    "no user": (0, '{"asin": "B0001", "overall": 5}\n', "no 'reviewerID' in it"),
+    "cut": (0, '{"reviewerID": "A", "asin": "B00', "cannot read"),
+    "a list": (0, "[1]\n", "cannot read"),
+    "empty": (0, "", "there is no review"),
+    "no item": (1, "{'asin': 'B0001', 'categories': [['Beauty']]}\n", "has no line for 7806397051"),
+    "no categories": (1, "{'asin': 'B0001'}\n", "no 'categories' in it"),
+    "no path": (1, "{'asin': 'B0001', 'categories': []}\n", "cannot read"),
+    "no asin": (1, "{'title': 'soap'}\n", "line 1 has no asin"),
+    "cut item": (1, "{'asin': 'B0001', 'catego", "cannot read"),
+    "code": (1, "{'asin': 'B0001', 'categories': __import__('os').abort()}\n", "cannot read"),
+}
+
+
+@pytest.mark.parametrize("fault", AMAZON_FAULTS)
+def test_faults_of_amazon_beauty(tmp_path, fault):
+    files = made.write_amazon(tmp_path)
+    number, text, said = AMAZON_FAULTS[fault]
+    files[number].write_text(text)
+    assert said in refusal(lambda: common.load_amazon_beauty(tmp_path), files[number])
+
+
+def test_a_packed_file_that_is_cut(tmp_path):
+    for path in made.write_amazon(tmp_path, packed=True):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-12])
+        refusal(lambda: common.load_amazon_beauty(tmp_path), path)
+        path.write_bytes(whole)
+
+
 def test_a_digit_that_is_no_digit_and_one_without_images(tmp_path):
     made.write_mnist(tmp_path)
     path = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"

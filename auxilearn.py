@@ -1181,7 +1181,7 @@ def main(argv=None) -> dict:
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    line = textwrap.shorten(str(message), 275, placeholder=" ...")
     print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -1391,7 +1391,7 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
             summary[name] = value
             summary[f"{name}_last15"] = statistics.fmean(line[name] for line in history[-15:])
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
+    print(f"{metric} {values[-1]:.4g} after {len(values)} epochs: {folder}")
     return summary
 
 
@@ -1418,7 +1418,7 @@ def run_seeds(args, train, metric: str) -> dict:
     values = [summary[metric] for summary in summaries]
     mean = statistics.fmean(values)
     std = statistics.stdev(values)
-    print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds: {args.out_dir}")
+    print(f"{metric} {mean:.4g} +- {std:.2g} over {len(runs)} seeds: {args.out_dir}")
     return {metric: mean, f"{metric}_std": std, "runs": summaries}
 
 

@@ -74,7 +74,8 @@ def reading(path: Path):
         raise InputError(f"reading {path} needs the package {error.name}: {hint}") from error
     except KeyError as error:
         raise InputError(f"cannot read {path}: there is no {error} in it") from error
-    except pickle.UnpicklingError as error:  # torch's message is advice to run what is in the file
+    except (AssertionError, pickle.UnpicklingError) as error:
+        # the one has no message, the other's is torch's advice to run what is in the file
         raise InputError(f"cannot read {path}: it is damaged, or another kind of file") from error
     except Exception as error:  # pickles, archives and images fail in a dozen ways: damaged files
         raise InputError(f"cannot read {path}: {one_line(error)}") from error
@@ -910,9 +911,14 @@ class ImageFiles(Dataset):
             return self.transform(image), index
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Ctrl-C goes to all processes of a terminal: the one that trains ends its workers itself."""
+def quiet_worker(worker: int) -> None:
+    """Leave it to the process that trains to react to Ctrl-C, and to speak.
+
+    Ctrl-C goes to all processes of a terminal. A worker's errors reach the loader on their way;
+    what Python would print here is that the loader has gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *error: None
 
 
 class SeededBatches:
@@ -964,7 +970,7 @@ class FileLoader(SeededLoader):
             num_workers=workers,
             pin_memory=self.device.type == "cuda",
             persistent_workers=train and workers > 0,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=quiet_worker,
             generator=torch.Generator(),  # its own draws must not move the run's generators
         )
 
@@ -979,7 +985,7 @@ class FileLoader(SeededLoader):
             self.batches.keys = list(zip(order.tolist(), seeds.tolist(), strict=True))
 
         try:
-            with child_handler_kept():
+            with starting_workers():
                 batches = iter(self.loader)
             for x, index in batches:
                 x = x.to(self.device, non_blocking=True)
@@ -1001,20 +1007,28 @@ class FileLoader(SeededLoader):
 
 
 @contextmanager
-def child_handler_kept():
-    """Keep what happens when a child process ends, while a DataLoader starts its workers.
+def starting_workers():
+    """Around the start of a DataLoader's workers: keep two signals from harm.
 
-    torch would have a worker's death raise an error in the middle of whatever runs then. The next
-    batch that it owes is found missing without that, within 5 seconds.
+    What Ctrl-C raises in one of a fork's callbacks, Python prints and drops: it waits till after
+    them. And torch would have a worker's death raise an error in the middle of whatever runs then;
+    the next batch that it owes is found missing without that, within 5 seconds.
     """
-    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    handler = signal.getsignal(signal.SIGCHLD)
+    interrupts = []
+    on_interrupt = signal.signal(signal.SIGINT, lambda *call: interrupts.append(call))
+    has_children = hasattr(signal, "SIGCHLD")  # not on Windows
+    on_child = signal.getsignal(signal.SIGCHLD) if has_children else None
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGINT, on_interrupt)
+        if has_children:
+            signal.signal(signal.SIGCHLD, on_child)
+    if interrupts:
+        signal.raise_signal(signal.SIGINT)
 
 
 def file_transform(image_set: ImageSet, train: bool) -> v2.Compose:
@@ -1366,7 +1380,8 @@ def check_range(scene: torch.Tensor, kind: str) -> None:
         inside = inside & (scene == scene.round())
     if not inside.all():
         value = scene[~inside][0]
-        raise ValueError(f"a value is {value:g}, not from {low:g} to {high:g}")
+        allowed = "finite" if math.isinf(low) else f"from {low:g} to {high:g}"
+        raise ValueError(f"a value is {value:g}, not {allowed}")
 
 
 def check_shape(scene: torch.Tensor, others: list[torch.Tensor]) -> None:
@@ -1413,8 +1428,8 @@ def read_png(path: Path, kind: str, size: tuple[int, int] | None) -> torch.Tenso
             return pixels
         if kind == "normal":
             return decode_normals(pixels)
-        no_class = (pixels >= 40) & (pixels < 255)
-        if len(pixels) > 1 or no_class.any():
+        has_8_bits = pixels.dtype == torch.uint8
+        if len(pixels) > 1 or not has_8_bits or ((pixels >= 40) & (pixels < 255)).any():
             raise ValueError("it is not one channel of the classes 0 to 39 and 255 for none")
         return pixels[0].to(torch.int8)  # which makes -1 of 255
 

@@ -5,29 +5,33 @@ and harm another. theta is cut into m modules, and an importance alpha (K, m), a
 how much of each auxiliary gradient each module takes. Every T steps on theta, alpha takes one on
 the primary loss of a small development set D_dev, through the implicit gradient.
 
-    (4, 5)  G_j = grad_j L_0 + sum_i alpha_ij grad_j L_i, module j's update; no function's gradient
-    (6)     theta <- theta - eta_1 G, the lower step, T of them in a loop
-    (9)     v_0 = grad L_0(dev),  v_t+1 = v_t - eta_1 J^T v_t,  p = v_0 + ... + v_M,
-            with J = dG/dtheta:  J^T v = H_0 v + sum_i H_i A_i v,  A_i = diag of alpha_i
-            d L_0(dev) / d alpha_ij = -eta_1 <p_j, grad_j L_i>, for the upper step on alpha
+    (4, 5)  G_j = grad_j L_0 + sum_i alpha_ij grad_j L_i, of module j     module_weighted_gradients
+    (6)     theta <- theta - eta_1 G, T times                                           lower_step
+    (9)     v_0 = grad L_0(dev),  v_t+1 = v_t - eta_1 J^T v_t,  p = v_0 + ... + v_M  look_back_sum
+            J^T v = H_0 v + sum_i H_i A_i v,  (A_i v)_j = alpha_ij v_j,  H_i the Hessian of L_i
+            (J = dG/dtheta is not symmetric, as G is no function's gradient; M = 3)
+    (7)     d L_0(dev) / d alpha_ij = -eta_1 <p_j, grad_j L_i>                 importance_gradient
+    Alg. 1  alpha <- alpha - eta_2 times that                                      importance_step
 
     python maoal.py --dataset synthetic              94.7 % (chance 25 %), 30 s on one CPU core
     python maoal.py --backbone convnet4 --epochs 5   29.2 % (chance 20 %)
     python maoal.py                                  paper: 53.87 %, 200 epochs; not yet run here
 
-Departures from the paper [P], whose settings are in a supplement not to be had, and from its
-authors' code [C] (ratings; an older commit: people), whose settings are the defaults. Where the two
-part, --preset published-code is [C]:
-- [P]: raw alpha, eta_1 in (9), no clipping. [C]: ReLU(alpha), 1 for eta_1, norm at most 10, the
-  auxiliary losses over K. [P]'s (9) sums M terms, Alg. 1 and [C] M + 1, as here.
+The formulas are the paper's [P]. Its settings stand in a supplement that is not to be had; those
+here are of its authors' code [C] (ratings; of an older commit: cifar100-people). --preset
+published-code takes the formulas of [C], too. Departures:
+- Formulas: [P] raw alpha, eta_1 in (7, 9), no clipping; [C] ReLU(alpha), 1 for eta_1, norm at
+  most 10, the auxiliary losses over K. (9) sums M terms in [P]; in Alg. 1, [C] and here M + 1.
+- (9) is of the plain step (6), as in [P] and [C]: momentum, decay and Adam's scaling are not in it.
 - Upper optimiser: [P] SGD of unknown rate; [C] Adam 0.01, decay 5e-4 (images), SGD 0.001, momentum
-  0.9 (ratings). Default: Adam 0.01, for (9) scales with eta_1. Upper passes leave BatchNorm's
-  running statistics alone ([C]: not).
+  0.9 (ratings). Default: Adam 0.01, whose step does not shrink with the factor eta_1 of (7).
+- The upper step leaves BatchNorm's running statistics alone; [C]'s does not.
 - Image heads are outside alpha, as in [C], with L_0 + sum_i L_i ([C]: the mean over i). ConvNet4's
   blocks are its convolutions with what follows each; [C] puts all norms into the last.
-- D_dev: [P] from validation, [C] from training data. Image sets have no validation split: both are
-  held out of train; methods without D_dev train on it ([P]). Images are rotated once, at random.
-- [C] picks people's epoch on test; here test_accuracy_of_best_validation ([P]).
+- D_dev: [P] from validation, [C] from training data. Image sets have no validation split: a tenth
+  for it and --dev-size are held out of train; methods without an upper step train on D_dev, too
+  ([P]). Images are rotated once, at random.
+- [C] picks the epoch of people on test; here test_accuracy_of_best_validation ([P]).
 - All methods see the same labels: D_dev's, and of the rest those that --label-fraction leaves.
 - Not here, of Tables 1 to 3: Amazon Beauty, NYU v2; HPO-tune is a grid of --auxiliary-weight.
 """
@@ -62,6 +66,7 @@ from common import (
     IMAGE_SETS,
     RATING_SETS,
     SCENE_SETS,
+    Features,
     ImageSet,
     InputError,
     RatingLoader,
@@ -98,7 +103,7 @@ def make_head(width: int, out: int, hidden: int = 0) -> nn.Module:
 
 
 class PrimaryNetwork(nn.Module):
-    """theta: a trunk that all tasks share, and a head for each.
+    """theta, the network of all tasks: a trunk that they share, and a head for each.
 
     backbone: an image classifier; the trunk is a copy of it without its last layer.
     num_classes: of each task, the primary one first.  hidden: of the heads, see make_head.
@@ -154,9 +159,10 @@ class SceneNetwork(nn.Module):
 
 
 class InteractingLayer(nn.Module):
-    """AutoInt's self-attention over the fields of ratings: (F, width, B) to (F, width, B).
+    """AutoInt's self-attention over the fields of ratings: (fields, width, B) to the same shape.
 
-    The batch comes last, for the fields, the heads and what they hold are a few each.
+    The batch is the last dimension, the long one: the others are below 20, and a matrix product for
+    each head takes 1.8 times as long.
     """
 
     def __init__(self, width: int, heads: int):
@@ -167,11 +173,12 @@ class InteractingLayer(nn.Module):
         self.projection = nn.Parameter(projection)
 
     def forward(self, x):
-        projected = (self.projection @ x).unflatten(1, (4, self.heads, -1))
-        query, key, value, residual = projected.unbind(dim=1)  # (F, heads, size, B)
-        scores = (query[:, None] * key).sum(dim=3)  # (F, F, heads, B)
+        projected = self.projection @ x
+        projected = projected.unflatten(1, (4, self.heads, -1))
+        query, key, value, residual = projected.unbind(dim=1)  # (fields, heads, size, B)
+        scores = (query[:, None] * key).sum(dim=3)  # (fields, fields, heads, B)
         weights = (scores / math.sqrt(query.shape[2])).softmax(dim=1)
-        attended = (weights[:, :, :, None] * value).sum(dim=1)
+        attended = (weights[:, :, :, None] * value).sum(dim=1)  # (fields, heads, size, B)
         return F.relu(attended + residual).flatten(1, 2)
 
 
@@ -197,8 +204,9 @@ class AutoInt(nn.Module):
         self.layers = layers
         table = torch.empty(sum(field_sizes) + 1, width)
         self.embedding = nn.Parameter(nn.init.xavier_uniform_(table))
-        for i in range(layers):
+        for i in range(layers):  # no ModuleList: by these names, each is a module of (4)
             self.add_module(f"attention{i + 1}", InteractingLayer(width, heads))
+        # a module, too, as in Fig. 3
         self.head = make_head(len(field_sizes) * width, 1, hidden)
         offsets = torch.tensor([0, *field_sizes[:-1]]).cumsum(0)  # (F,)
         self.register_buffer("offsets", offsets, persistent=False)
@@ -243,7 +251,9 @@ def partition_modules(network: nn.Module, how: str = "block") -> dict[str, list[
     how (Table 4): "parameter", each tensor is a module; "model", there is one module; "block"
         (Fig. 3), ResNet's stem and four stages, ConvNet4's convolutions, AutoInt's embedding,
         attention layers and head, and of other networks the parts of their outermost container.
-    What is called heads.* is in no module. Raises ValueError if `how` is none of these.
+    What is called heads.*, as PrimaryNetwork's are, is in no module; AutoInt's `head` is one. A
+    dict of your own does as well: what it leaves out is in no module, and follows all losses.
+    Raises ValueError if `how` is none of these.
     """
     parameters = {}
     for name, p in network.named_parameters():
@@ -259,22 +269,26 @@ def partition_modules(network: nn.Module, how: str = "block") -> dict[str, list[
 
 
 def group_blocks(parameters: dict) -> dict[str, list[str]]:
-    """The parts of the outermost container that has several, each with small layers after it."""
+    """The parts of the outermost container that has several.
+
+    A norm belongs to the part before it, and so does a Linear in a network with convolutions; both
+    are told by how many dimensions their tensors have.
+    """
     depth = depth_of_parts(parameters)
     parts = {}
     for name in parameters:
         part = name.split(".")[depth]
         parts.setdefault(part, []).append(name)
 
-    largest = 1  # dimensions of the tensors of a layer that makes no block of its own: a norm
-    if any(p.dim() == 4 for p in parameters.values()):
-        largest = 2  # beside convolutions a Linear makes none either
+    has_convolutions = any(p.dim() == 4 for p in parameters.values())
     blocks = {}
     block = None
     for part, names in parts.items():
         is_layer = all(name.count(".") <= depth + 1 for name in names)
-        is_small = all(parameters[name].dim() <= largest for name in names)
-        if block is None or not (is_layer and is_small):
+        dimensions = max(parameters[name].dim() for name in names)
+        is_norm = is_layer and dimensions <= 1
+        is_linear = is_layer and dimensions == 2
+        if block is None or not (is_norm or (is_linear and has_convolutions)):
             block = part
         blocks.setdefault(block, []).extend(names)
     return blocks
@@ -299,11 +313,11 @@ class Batch(NamedTuple):
 
     x: torch.Tensor  # what the network takes, (B, ...)
     y: torch.Tensor  # classes (B,), -1 where there is no label; ratings are floats
-    weight: float = 1.0  # of the loss
+    weight: float = 1.0  # a factor of the loss
 
 
 class SquaredNorm(NamedTuple):
-    """In a batch's place: the auxiliary loss weight ||theta||^2, over all of theta."""
+    """In a batch's place: the auxiliary loss `weight` * ||theta||^2."""
 
     weight: float
 
@@ -311,15 +325,16 @@ class SquaredNorm(NamedTuple):
 def prediction_loss(output, y):
     """The mean loss over the samples that have a label, a scalar; 0 if none has.
 
-    output: logits (B, C) for classes y (B,), or (B, C, H, W) for (B, H, W), cross-entropy; or
-        ratings (B,) for ratings y (B,), which are floats, the squared error; or see geometry_loss.
+    output: logits (B, C), for classes y (B,), or (B, C, H, W), for (B, H, W): cross-entropy. Or
+        ratings (B,), for ratings y (B,), which are told by their float type: squared error. Or what
+        geometry_loss takes.
     """
     if y.is_floating_point() and y.dim() > 1:
         return geometry_loss(output, y)
     if y.is_floating_point():
         return (output - y).square().mean()
     labelled = (y >= 0).sum()
-    return F.cross_entropy(output, y, ignore_index=-1, reduction="sum") / (labelled + 1e-12)
+    return F.cross_entropy(output, y, ignore_index=-1, reduction="sum") / labelled.clamp(min=1)
 
 
 def geometry_loss(output, y):
@@ -352,14 +367,15 @@ def task_loss(network, batch, task: int):
 def task_loss_at(network, batch, task: int, theta: dict):
     """L_task, a scalar, with the parameters `theta`, by name, in place of the network's own.
 
-    The pass leaves BatchNorm's running statistics and the random state as they were.
+    What theta lacks, as the heads, stays the network's. BatchNorm's running statistics and the
+    random state are left as they were.
     """
     if isinstance(batch, SquaredNorm):
         return batch.weight * squared_norm(theta)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
-    device = [batch.x.device] if batch.x.is_cuda else []
+    devices = [batch.x.device] if batch.x.is_cuda else []
     # fused attention has no second derivative
-    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(device):
+    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices):
         output = functional_call(network, theta | buffers, (batch.x, task))
         return batch.weight * prediction_loss(output, batch.y)
 
@@ -368,61 +384,29 @@ def task_loss_at(network, batch, task: int, theta: dict):
 #
 # A step's data are `batches`, one for each loss, L_0's first: a Batch, or SquaredNorm(weight).
 # `modules` are those of partition_modules: their parameters' names, by the modules' names.
+# `a` (K, m + 1) is what an Importance returns: alpha, and a last column for what is in no module.
 #
-# To copy: the sections Networks (with common.strip_classifier), Losses and this one.
+# importance_step's docstring has a whole step as an example.
+#
+# To copy: PrimaryNetwork, Importance, the partition, the section Losses and this one; from
+# common.py strip_classifier, is_linear, Features and InputError. usual_layout only saves a CPU's
+# time. For another loss of predictions, change prediction_loss alone; for another one of theta
+# alone, do as SquaredNorm does in task_loss, task_loss_at and task_gradient.
 
 
-def task_gradient(network, batch, task: int):
-    """L_task and its gradients by name, of the parameters that it reaches. No graph is left."""
-    theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    loss = task_loss(network, batch, task)
-    if isinstance(batch, SquaredNorm):
-        return loss.detach(), {name: 2 * batch.weight * p.detach() for name, p in theta.items()}
-    return loss.detach(), gradient_by_name(loss, theta)
-
-
-def gradient_by_name(loss, theta: dict, create_graph: bool = False) -> dict:
-    """The gradient of loss in theta, by name, without those parameters that it does not reach."""
-    gradients = torch.autograd.grad(
-        loss, list(theta.values()), create_graph=create_graph, allow_unused=True
-    )
-    return {n: g for n, g in zip(theta, gradients, strict=True) if g is not None}
-
-
-def module_weighted_gradients(network, batches, modules, importance):
+def module_weighted_gradients(network, batches, modules, a):
     """The update field (4, 5): G_j = grad_j L_0 + sum_i a_ij grad_j L_i.
 
-    importance: a (K, m), or (K, m + 1) with a last column for parameters that are in no module,
-        whose factor is else 1.
     Returns the losses (K + 1,) and G by name, without gradient: K + 1 passes, one graph at a time.
     BatchNorm's running statistics follow each pass.
     """
     loss, field = task_gradient(network, batches[0], 0)
     losses = [loss]
-    for i, batch in enumerate(batches[1:], start=1):
-        loss, gradients = task_gradient(network, batch, i)
+    for task, (batch, weights) in enumerate(zip(batches[1:], a, strict=True), start=1):
+        loss, gradients = task_gradient(network, batch, task)
         losses.append(loss)
-        add_weighted(field, gradients, modules, importance[i - 1])
+        add_weighted(field, gradients, modules, weights)
     return torch.stack(losses), field
-
-
-def add_weighted(field: dict, gradients: dict, modules, weights) -> None:
-    """Add weights_j gradients_j to field_j for each module j.
-
-    weights: (m,), or (m + 1,) with a last one for parameters in no module, whose factor is else 1.
-    """
-    weight_of = {}
-    for names, weight in zip(modules.values(), weights, strict=False):
-        weight_of.update(dict.fromkeys(names, weight))
-    outside = weights.new_ones(())
-    if len(weights) > len(modules):
-        outside = weights[-1]
-    for name, gradient in gradients.items():
-        weight = weight_of.get(name, outside)
-        if name in field:
-            field[name] = field[name].addcmul(gradient, weight)
-        else:
-            field[name] = gradient * weight
 
 
 def lower_step(network, optimizer, field: dict) -> None:
@@ -434,8 +418,46 @@ def lower_step(network, optimizer, field: dict) -> None:
     optimizer.step()
 
 
+def task_gradient(network, batch, task: int):
+    """L_task and its gradients by name, of the parameters that it reaches. No graph is left."""
+    theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    if isinstance(batch, SquaredNorm):  # known without a graph over all of theta
+        with torch.no_grad():
+            loss = task_loss(network, batch, task)
+        return loss, {name: 2 * batch.weight * p.detach() for name, p in theta.items()}
+    loss = task_loss(network, batch, task)
+    return loss.detach(), gradient_by_name(loss, theta)
+
+
+def gradient_by_name(loss, theta: dict, create_graph: bool = False) -> dict:
+    """The gradient of loss in theta, by name, without those parameters that it does not reach."""
+    gradients = torch.autograd.grad(
+        loss, list(theta.values()), create_graph=create_graph, allow_unused=True
+    )
+    return {n: g for n, g in zip(theta, gradients, strict=True) if g is not None}
+
+
+def add_weighted(field: dict, gradients: dict, modules, weights) -> None:
+    """Add weights_j gradients_j to field_j; the last of the weights is for what is in no module."""
+    by_name = weights_by_name(modules, weights)
+    for name, gradient in gradients.items():
+        weight = by_name.get(name, weights[-1])
+        if name in field:
+            field[name] = field[name].addcmul(gradient, weight)
+        else:
+            field[name] = gradient * weight
+
+
+def weights_by_name(modules, weights) -> dict:
+    """The weight, of those (m + 1,), of each parameter's module, by the parameter's name."""
+    by_name = {}
+    for names, weight in zip(modules.values(), weights[:-1], strict=True):
+        by_name.update(dict.fromkeys(names, weight))
+    return by_name
+
+
 def set_gradient(p, gradient) -> None:
-    """p.grad, lying in memory as p does: fused optimisers walk through both without a look."""
+    """Set p.grad, copied if it lies otherwise in memory than p: fused optimisers do not check."""
     if gradient.stride() != p.stride():
         gradient = torch.empty_like(p).copy_(gradient)
     p.grad = gradient
@@ -453,7 +475,7 @@ def importance_step(
     look_back: int = 3,
     clip: float = math.inf,
 ):
-    """Alg. 1, lines 16 to 23: a step of alpha's optimiser along the gradient of L_0(dev).
+    """Alg. 1, lines 17 to 23: a step of alpha's optimiser along the gradient of L_0(dev).
 
     importance: an Importance.  clip: the greatest norm of the gradient that is stepped along.
     lr, look_back and the data: see importance_gradient.
@@ -468,42 +490,33 @@ def importance_step(
         importance = Importance(num_auxiliary=1, num_modules=len(modules))
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
         upper_optimizer = torch.optim.Adam(importance.parameters(), lr=0.01)
-        tasks = [Batch(torch.randn(8, 3, 32, 32), torch.arange(8) % n) for n in (3, 4)]
-        losses, field = module_weighted_gradients(network, tasks, modules, importance().detach())
+        batches = [Batch(torch.randn(8, 3, 32, 32), torch.arange(8) % n) for n in (3, 4)]
+        dev_batch = Batch(torch.randn(8, 3, 32, 32), torch.arange(8) % 3)  # held out of training
+        losses, field = module_weighted_gradients(network, batches, modules, importance().detach())
         lower_step(network, optimizer, field)
-        importance_step(network, importance, upper_optimizer, tasks, tasks[0], modules, lr=0.1)
+        # and after every T of these, with new batches:
+        importance_step(network, importance, upper_optimizer, batches, dev_batch, modules, lr=0.1)
     """
     a = importance()
-    slopes = importance_gradient(
+    in_a = importance_gradient(
         network, batches, dev_batch, modules, a.detach(), lr=lr, look_back=look_back
     )
-    (gradient,) = torch.autograd.grad(a[:, :-1], importance.weight, slopes)
+    # in alpha, through ReLU and the division by K
+    (gradient,) = torch.autograd.grad(a[:, :-1], importance.weight, in_a)
     set_gradient(importance.weight, gradient)
     norm = torch.nn.utils.clip_grad_norm_(importance.parameters(), clip)
     upper_optimizer.step()
     return norm
 
 
-def importance_gradient(
-    network, batches, dev_batch, modules, importance, *, lr: float, look_back: int = 3
-):
-    """(9): d L_0(dev) / d a_ij = -lr <p_j, grad_j L_i>, (K, m).
+def importance_gradient(network, batches, dev_batch, modules, a, *, lr: float, look_back: int = 3):
+    """(7, 9): d L_0(dev) / d a_ij = -lr <p_j, grad_j L_i>, (K, m).
 
-    importance: a, as in module_weighted_gradients; a last column for what is in no module has no
-        part in it.
     dev_batch: the batch of L_0(dev).
-    lr: eta_1, theta's learning rate.  look_back: M, the terms of p after the first.
+    lr: eta_1, theta's learning rate now.  look_back: M, the terms of p after the first.
     Changes nothing in the network. Each loss's gradient is taken once, with its graph, which serves
     all M products: memory grows with K.
     """
-
-    def jacobian_vector(v):
-        """J^T v = H_0 v + sum_i H_i (A_i v)."""
-        vectors = [v]
-        for weights in importance:
-            vectors.append(weigh_modules(v, modules, weights))
-        return vector_jacobian(vectors, gradients, theta)
-
     theta = module_parameters(network, modules)
     gradients = []
     with usual_layout(network):
@@ -512,13 +525,24 @@ def importance_gradient(
             loss = task_loss_at(network, batch, i, theta)
             gradients.append(gradient_by_name(loss, theta, create_graph=True))
 
-    p = look_back_sum(v, jacobian_vector, lr, look_back)
-    rows = [inner_products(p, of_loss, modules) for of_loss in gradients[1:]]
-    return -lr * torch.stack(rows).detach()
+    def transposed_jacobian(v):
+        """J^T v = H_0 v + sum_i H_i (A_i v)."""
+        vectors = [v]
+        for weights in a:
+            vectors.append(weigh_modules(v, modules, weights))
+        return summed_products(vectors, gradients, theta)
+
+    p = look_back_sum(v, transposed_jacobian, lr, look_back)
+    with torch.no_grad():  # the gradients still have their graphs
+        rows = [inner_products(p, gradient, modules) for gradient in gradients[1:]]
+    return -lr * torch.stack(rows)
 
 
 def module_parameters(network, modules) -> dict:
-    """Copies of the parameters that are in modules and trainable, by name, to differentiate in."""
+    """Leaves with the values of the modules' trainable parameters, by name, to differentiate in.
+
+    They share the parameters' memory, but for those in channels-last.
+    """
     parameters = dict(network.named_parameters())
     theta = {}
     for names in modules.values():
@@ -531,19 +555,20 @@ def module_parameters(network, modules) -> dict:
 
 @contextmanager
 def usual_layout(network):
-    """The trunk computes in torch's usual memory layout for a while.
+    """The network's trunk computes in torch's usual memory layout for a while, if it is Features.
 
     A CPU is up to 1.4 times faster at second derivatives in it than in channels-last.
     """
-    if not isinstance(network, PrimaryNetwork):
+    trunk = getattr(network, "trunk", None)
+    if not isinstance(trunk, Features):
         yield
         return
-    layout = network.trunk.layout
-    network.trunk.layout = torch.contiguous_format
+    layout = trunk.layout
+    trunk.layout = torch.contiguous_format
     try:
         yield
     finally:
-        network.trunk.layout = layout
+        trunk.layout = layout
 
 
 def dev_gradient(network, dev_batch, theta: dict) -> dict:
@@ -553,17 +578,17 @@ def dev_gradient(network, dev_batch, theta: dict) -> dict:
     return v
 
 
-def look_back_sum(v: dict, jacobian_vector, lr: float, look_back: int) -> dict:
-    """Alg. 1, lines 16 to 21: p = v_0 + ... + v_M, by name. jacobian_vector(v) gives J^T v."""
+def look_back_sum(v: dict, transposed_jacobian, lr: float, look_back: int) -> dict:
+    """Alg. 1, lines 17 to 21: p = v_0 + ... + v_M, by name. transposed_jacobian(v) gives J^T v."""
     p = v
     for _ in range(look_back):
-        product = jacobian_vector(v)
+        product = transposed_jacobian(v)
         v = {name: t - lr * product[name] for name, t in v.items()}
         p = {name: t + v[name] for name, t in p.items()}
     return p
 
 
-def vector_jacobian(vectors: list, gradients: list, inputs: dict) -> dict:
+def summed_products(vectors: list, gradients: list, inputs: dict) -> dict:
     """The sum over losses of vector^T d gradient / d inputs, by the inputs' names.
 
     vectors, gradients: of each loss, by the parameters' names; the gradients have a graph, which
@@ -583,24 +608,18 @@ def vector_jacobian(vectors: list, gradients: list, inputs: dict) -> dict:
 
 
 def weigh_modules(v: dict, modules, weights) -> dict:
-    """A v: the entries of v times the weight (m,) of their module."""
-    weighted = {}
-    for names, weight in zip(modules.values(), weights, strict=False):
-        for name in names:
-            if name in v:
-                weighted[name] = weight * v[name]
-    return weighted
+    """A v: the entries of v, all in modules, times the weight (m + 1,) of their module."""
+    by_name = weights_by_name(modules, weights)
+    return {name: by_name[name] * t for name, t in v.items()}
 
 
-def inner_products(a: dict, b: dict, modules):
-    """<a_j, b_j> for each module j, (m,). A parameter that one of them lacks counts as 0."""
+def inner_products(u: dict, v: dict, modules):
+    """<u_j, v_j> for each module j, (m,). A parameter that one of them lacks counts as 0."""
+    zero = next(iter(u.values())).new_zeros(())
     products = []
     for names in modules.values():
-        both = [name for name in names if name in a and name in b]
-        if both:
-            products.append(sum((a[name] * b[name]).sum() for name in both))
-        else:
-            products.append(next(iter(a.values())).new_zeros(()))
+        both = [name for name in names if name in u and name in v]
+        products.append(sum(((u[name] * v[name]).sum() for name in both), start=zero))
     return torch.stack(products)
 
 
@@ -620,7 +639,9 @@ def gcs_gradients(network, batches, modules):
         loss, gradients = task_gradient(network, batch, i)
         losses.append(loss)
         agrees = inner_products(primary, gradients, modules).sum() > 0
-        add_weighted(field, gradients, modules, agrees.to(loss.dtype).expand(len(modules)))
+        weights = loss.new_ones(len(modules) + 1)
+        weights[:-1] = agrees
+        add_weighted(field, gradients, modules, weights)
     return torch.stack(losses), field
 
 
@@ -631,6 +652,7 @@ def uncertainty_gradients(network, batches, modules, s):
     Returns the losses (K + 1,), the field by name and the gradient in s, (K + 1,).
     """
     weights = 0.5 * (-s.detach()).exp()
+    # the field has L_0 with the factor 1: its weight is taken out, and put in again
     ratios = (weights[1:] / weights[0])[:, None].expand(-1, len(modules) + 1)
     losses, field = module_weighted_gradients(network, batches, modules, ratios)
     field = {name: weights[0] * gradient for name, gradient in field.items()}
@@ -709,9 +731,6 @@ def combination_gradient(
     The factor lr is missing, as published. The arguments are those of importance_gradient.
     """
 
-    def hessian_vector(v):
-        return vector_jacobian([v], [gradients], theta)
-
     theta = module_parameters(network, modules)
     with usual_layout(network):
         v = dev_gradient(network, dev_batch, theta)
@@ -720,8 +739,11 @@ def combination_gradient(
     loss = losses[0] + combination(losses)
     gradients = gradient_by_name(loss, theta, create_graph=True)
 
-    p = look_back_sum(v, hessian_vector, lr, look_back)
-    mixed = vector_jacobian([p], [gradients], dict(combination.named_parameters()))
+    def hessian_product(v):
+        return summed_products([v], [gradients], theta)
+
+    p = look_back_sum(v, hessian_product, lr, look_back)
+    mixed = summed_products([p], [gradients], dict(combination.named_parameters()))
     return [-product for product in mixed.values()]
 
 
@@ -736,28 +758,27 @@ def train(args) -> dict:
     data = load_data(args)
     network = build_network(args, data).to(device)
     modules = partition_modules(network, args.partition)
+    # maoal's alpha, auxl's g, uncertainty's s, or None
     learned = build_learned(args, len(data.tasks), len(modules))
     if learned is not None:
         learned.to(device)
 
     loaders = []
     for i, split in enumerate(data.trains):
-        options = {"batch_size": args.batch_size, "train": True, "seed": args.seed + i}
-        loaders.append(build_loader(args, data, split, device, **options))
+        loaders.append(build_loader(args, data, split, device, train=True, seed=args.seed + i))
     auxiliary = data.auxiliary
     if auxiliary is not None:
         auxiliary = auxiliary.to(device)
     steps = min(len(loaders[0]), args.max_steps or len(loaders[0]))
-    evaluation = {"batch_size": args.batch_size, "train": False}
-    val_loader = build_loader(args, data, data.val, device, **evaluation)
-    test_loader = build_loader(args, data, data.test, device, **evaluation)
+    val_loader = build_loader(args, data, data.val, device, train=False)
+    test_loader = build_loader(args, data, data.test, device, train=False)
 
-    theta = list(network.parameters())
+    trained = list(network.parameters())
     if args.method == "uncertainty":
-        theta += learned.parameters()
-    optimizer = build_optimizer(args.optimizer, theta, args.lr, args.weight_decay, args.momentum)
+        trained += learned.parameters()
+    optimizer = build_optimizer(args.optimizer, trained, args.lr, args.weight_decay, args.momentum)
     scheduler = build_scheduler(args, optimizer)
-    best = deepcopy(network)  # the one that validation chose
+    best = deepcopy(network)  # to be the one that validation chooses
     best.register_buffer("record", torch.tensor([-math.inf, 0.0], device=device))
     state = {
         "network": network,
@@ -798,22 +819,28 @@ def train(args) -> dict:
             dev_batches = forever(dev_loader)
 
         for step in range(steps):
-            # A step on theta (Alg. 1, lines 4 to 10)
+            # A step on theta (Alg. 1, line 6)
             losses, field = update_field(args, network, next(batches), modules, learned)
             lower_step(network, optimizer, field)
             loss_sum += losses[0]
             auxiliary_sum += losses[1:].sum()
             progress.update()
 
-            # After every T of them, which are a loop
+            # After every T of them, a loop (Alg. 1, lines 8 to 23)
             loop, rest = divmod(epoch * steps + step + 1, args.lower_steps)
             if rest > 0:
                 continue
             if args.interval and loop % args.interval == 0:
                 keep_best(best, evaluate(network, val_loader), network, epoch + 1, metric)
-            if args.method in BILEVEL:  # a step on what is learned (lines 16 to 23)
-                upper = (next(batches), next(dev_batches))
-                norm_sum += upper_step(args, network, learned, upper_optimizer, *upper, modules, lr)
+            if args.method in BILEVEL:  # a step on what is learned (lines 17 to 23)
+                upper = next(batches)
+                x, y, _ = next(dev_batches)
+                if args.dataset in SCENE_SETS:
+                    y, _, _ = y  # the segmentation
+                dev = Batch(x, y)
+                norm_sum += upper_step(
+                    args, network, learned, upper_optimizer, upper, dev, modules, lr
+                )
 
         # The epoch's figures: its only reads from the device
         progress.close()
@@ -822,7 +849,7 @@ def train(args) -> dict:
             "lr": lr,
             "loss": float(loss_sum) / steps,
             "auxiliary_loss": float(auxiliary_sum) / steps,
-            "weight_norm": float(torch.nn.utils.get_total_norm(theta)),
+            "weight_norm": float(torch.nn.utils.get_total_norm(network.parameters())),
         }
         if args.method in BILEVEL:
             metrics["upper_gradient_norm_sum"] = float(norm_sum)
@@ -850,7 +877,10 @@ def train(args) -> dict:
 
 
 def update_field(args, network, batches, modules, learned):
-    """What theta follows under the run's method: the losses (K + 1,) and the field by name."""
+    """What theta follows under the run's method: the losses (K + 1,) and the field by name.
+
+    Under uncertainty weighting, its s gets its gradient here, and its step with theta's.
+    """
     if args.method == "gcs":
         return gcs_gradients(network, batches, modules)
     if args.method == "auxl":
@@ -861,17 +891,14 @@ def update_field(args, network, batches, modules, learned):
         s.grad = slope
         return losses, field
     if args.method == "maoal":
-        importance = learned().detach()
+        a = learned().detach()
     else:  # equal; or single, whose K is 0
-        importance = torch.ones(len(batches) - 1, len(modules), device=batches[0].x.device)
-    return module_weighted_gradients(network, batches, modules, importance)
+        a = torch.ones(len(batches) - 1, len(modules) + 1, device=batches[0].x.device)
+    return module_weighted_gradients(network, batches, modules, a)
 
 
 def upper_step(args, network, learned, upper_optimizer, batches, dev_batch, modules, lr: float):
     """The upper step of the run's method; returns the norm of its gradient."""
-    x, y, _ = dev_batch
-    if args.dataset in SCENE_SETS:
-        y = y[0]  # the segmentation
     take_step = importance_step
     if args.method == "auxl":
         take_step = combination_step
@@ -880,7 +907,7 @@ def upper_step(args, network, learned, upper_optimizer, batches, dev_batch, modu
         learned,
         upper_optimizer,
         batches,
-        Batch(x, y),
+        dev_batch,
         modules,
         lr=args.hypergrad_lr or lr,
         look_back=args.look_back,
@@ -995,6 +1022,7 @@ def load_images(args) -> tuple[ImageSet, list[Split], list[str], list[int]]:
     train = image_set.train
     tasks = ["rotation"]
     classes = [4]
+    auxiliary = None
     if args.dataset == "synthetic":
         tasks = ["fine classes"]
         classes = [sum(image_set.hierarchy)]
@@ -1003,8 +1031,6 @@ def load_images(args) -> tuple[ImageSet, list[Split], list[str], list[int]]:
         tasks = ["wing colour", "bill shape"]
         classes = [15, 9]
         auxiliary = load_cub200_parts(args.data_root)[: len(train)]
-    else:
-        auxiliary = None
     train = Split(train.images, train.labels, auxiliary)
     return image_set, [train], tasks, [image_set.num_classes, *classes]
 
@@ -1016,8 +1042,9 @@ def hide_labels(split: Split, fraction: float, generator) -> None:
     split.labels = hidden.index_copy_(0, kept, split.labels[kept])
 
 
-def build_loader(args, data: RunData, split, device, *, batch_size, train, seed=0):
-    """The loader of some of the run's data."""
+def build_loader(args, data: RunData, split, device, *, train: bool, batch_size=None, seed=0):
+    """The loader of some of the run's data, in batches of --batch-size where none is given."""
+    batch_size = batch_size or args.batch_size
     options = {"train": train, "seed": seed}
     if isinstance(split, SceneSplit):
         return SceneLoader(split, batch_size, device, **options)
@@ -1034,34 +1061,38 @@ def build_dev_loader(args, data: RunData, device):
 
 
 def endless_batches(args, loaders, auxiliary):
-    """The batches of all tasks for a step, the primary one's first; then the next, without end.
+    """Yield the list of a step's batches, the primary task's first, without end.
 
     loaders: of each task's own samples, or one of what they share.
     auxiliary: (N, K), the auxiliary labels of the one loader's images.
     """
     streams = [forever(loader) for loader in loaders]
-    weight = args.auxiliary_weight
     while True:
         x, y, index = next(streams[0])
         of_scene = []
         if args.dataset in SCENE_SETS:
             y, *of_scene = y  # the segmentation; depth and normals
         batches = [Batch(x, y)]
-        for stream in streams[1:]:
-            x_own, y_own, _ = next(stream)
-            batches.append(Batch(x_own, y_own, weight))
-        if args.method == "single" or args.dataset == PEOPLE:
-            pass
-        elif args.dataset in RATING_SETS:
-            batches.append(SquaredNorm(weight))
-        elif of_scene:
-            batches += [Batch(x, field, weight) for field in of_scene]
-        elif auxiliary is not None:
-            batches += [Batch(x, labels, weight) for labels in auxiliary[index].unbind(dim=1)]
-        else:
-            turned, turns = rotate_randomly(x)
-            batches.append(Batch(turned, turns, weight))
+        if args.dataset == PEOPLE:  # each task has images of its own
+            for stream in streams[1:]:
+                x_own, y_own, _ = next(stream)
+                batches.append(Batch(x_own, y_own, args.auxiliary_weight))
+        elif args.method != "single" and of_scene:
+            batches += [Batch(x, field, args.auxiliary_weight) for field in of_scene]
+        elif args.method != "single":
+            batches += auxiliary_batches(args, x, index, auxiliary)
         yield batches
+
+
+def auxiliary_batches(args, x, index, auxiliary) -> list:
+    """The auxiliary tasks' batches from the primary one's samples x, whose numbers are `index`."""
+    weight = args.auxiliary_weight
+    if args.dataset in RATING_SETS:
+        return [SquaredNorm(weight)]
+    if auxiliary is not None:
+        return [Batch(x, labels, weight) for labels in auxiliary[index].unbind(dim=1)]
+    turned, turns = rotate_randomly(x)
+    return [Batch(turned, turns, weight)]
 
 
 def build_network(args, data: RunData):
@@ -1102,11 +1133,9 @@ def build_optimizer(kind: str, parameters, lr: float, weight_decay: float, momen
 
 def build_scheduler(args, optimizer):
     """The schedule of theta's rate, which takes a step an epoch: of SGD, a cosine to 0."""
-    if args.optimizer != "sgd":
+    if args.optimizer != "sgd":  # a constant one, so that there is one to save
         return torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    angle = math.pi / args.epochs
-    factor = lambda epoch: 0.5 + 0.5 * math.cos(epoch * angle)  # noqa: E731
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
 
 
 # -------- Evaluation, and what the paper shows ----------------------------------------------------
@@ -1167,10 +1196,10 @@ def evaluate_scenes(network, loader):
 
 
 def keep_best(best, performance, network, epoch: int, metric: str) -> None:
-    """Alg. 1, lines 11 to 14: copy the network into `best` if its performance, a scalar, is better.
+    """Alg. 1, lines 12 to 14: copy the network into `best` if its performance, a scalar, is better.
 
     best: a copy of the network with a buffer `record`: the performance, higher is better, and the
-    epoch.
+    epoch. Nothing is read from the device, for with --interval it is used within an epoch.
     """
     if metric == "rmse":
         performance = -performance
@@ -1207,17 +1236,26 @@ def importance_by_name(importance, tasks, modules) -> dict:
 
 
 def write_importance(folder, history) -> None:
-    """Fig. 4: print alpha as it ended, a row a module, and write it of each epoch into `folder`."""
-    lines = []
-    for metrics in history:
-        table = metrics["importance"]
-        lines.append(f"epoch {metrics['epoch']:<18d}" + "  ".join(table))
-        for module in next(iter(table.values())):
-            values = [f"{row[module]:{len(task)}.3f}" for task, row in table.items()]
-            lines.append(f"{module:24s}" + "  ".join(values))
-    write_text(folder / "importance.txt", "\n".join(lines) + "\n")
-    rows = 1 + len(next(iter(history[-1]["importance"].values())))
-    print("\n".join(lines[-rows:]))
+    """Fig. 4: write alpha of each epoch, before ReLU, into `folder`, and print the last."""
+    tables = [importance_table(metrics) for metrics in history]
+    write_text(folder / "importance.txt", "\n".join(tables) + "\n")
+    print(tables[-1])
+
+
+def importance_table(metrics: dict) -> str:
+    """alpha after an epoch, a line a module and a column a task."""
+    importance = metrics["importance"]
+    modules = list(next(iter(importance.values())))
+    first = max(10, *(len(module) for module in modules))
+    widths = [max(len(task), 6) for task in importance]
+
+    names = [f"{task:>{width}}" for task, width in zip(importance, widths, strict=True)]
+    lines = ["  ".join([f"epoch {metrics['epoch']}".ljust(first), *names])]
+    for module in modules:
+        values = [of_task[module] for of_task in importance.values()]
+        cells = [f"{value:{width}.3f}" for value, width in zip(values, widths, strict=True)]
+        lines.append("  ".join([module.ljust(first), *cells]))
+    return "\n".join(lines)
 
 
 # -------- Command line ----------------------------------------------------------------------------
@@ -1239,7 +1277,7 @@ SMALL_IMAGES = {  # of the published code for people
     "weight_decay": 5e-4,
     "lower_steps": 10,
 }
-FILES = {  # of its authors' code for CUB in a paper of ICML 2022
+LARGE_IMAGES = {  # of the same authors' code for CUB, of another paper (ICML 2022)
     "backbone": "resnet18",
     "pretrained": False,
     "epochs": 100,
@@ -1250,16 +1288,24 @@ FILES = {  # of its authors' code for CUB in a paper of ICML 2022
     "weight_decay": 5e-4,
     "lower_steps": 20,
 }
-RATINGS = FILES | {"epochs": 15, "batch_size": 256, "lr": 1e-3, "weight_decay": 0.0}
+RATINGS = {  # of the published code
+    "epochs": 15,
+    "batch_size": 256,
+    "optimizer": "adam",
+    "lr": 1e-3,
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "lower_steps": 20,
+}
 SYNTHETIC_RATINGS = RATINGS | {"epochs": 40, "batch_size": 64, "lr": 3e-3}
-SCENES = FILES | {"backbone": "efficientnet_b0", "batch_size": 8}
+SCENES = LARGE_IMAGES | {"backbone": "efficientnet_b0", "batch_size": 8}
 RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     PEOPLE: SMALL_IMAGES | {"backbone": "resnet18-cifar"},
     "synthetic": SMALL_IMAGES | {"epochs": 4, "batch_size": 50, "lower_steps": 5},
-    "oxford-pet": FILES,
-    "food101": FILES,
-    "folder": FILES,
-    "cub200": FILES | {"pretrained": True},
+    "oxford-pet": LARGE_IMAGES,
+    "food101": LARGE_IMAGES,
+    "folder": LARGE_IMAGES,
+    "cub200": LARGE_IMAGES | {"pretrained": True},
     "movielens-1m": RATINGS,
     "amazon-beauty": RATINGS,
     "synthetic-ratings": SYNTHETIC_RATINGS,
@@ -1268,7 +1314,7 @@ RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     "synthetic-scenes": SCENES | {"epochs": 4, "lr": 1e-3},
 }
 
-PAPER = {
+PAPER = {  # its formulas; the upper optimiser is the published code's for people
     "look_back": 3,
     "relu_importance": False,
     "mean_auxiliary": False,
@@ -1277,11 +1323,10 @@ PAPER = {
     "upper_optimizer": "adam",
     "upper_lr": 0.01,
     "upper_weight_decay": 0.0,
-    "dev_from": "validation",
-    "dev_size": None,  # of images, 5 %
+    "dev_size": None,  # 5 % of the images
     "dev_batch_size": 100,
 }
-PAPER_RATINGS = PAPER | {"dev_size": 512, "dev_batch_size": 256}
+PAPER_RATINGS = PAPER | {"dev_from": "validation", "dev_size": 512, "dev_batch_size": 256}
 PUBLISHED_CODE = PAPER | {
     "relu_importance": True,
     "mean_auxiliary": True,
@@ -1341,10 +1386,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", default=PEOPLE, help="one of " + ", ".join(SETS))
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
-    add("--train-fraction", type=part, default=1.0, help="of each class")
-    add("--label-fraction", type=part, default=1.0, help="of each class that has primary labels")
-    add("--dev-size", type=two, help="of D_dev (default: 5 %% of the images; 512 ratings)")
-    add("--dev-batch-size", type=two, help="of L_0(dev) (default: 100; ratings: all of D_dev)")
+    add("--train-fraction", type=part, default=1.0, help="of each class's training images")
+    add("--label-fraction", type=part, default=1.0, help="of these that keep their primary label")
+    add("--dev-size", type=two, help="of D_dev, in each class alike (default: 5 %%; ratings 1000)")
+    add("--dev-batch-size", type=two, help="of L_0(dev), at most (default: 100; ratings: all)")
     add("--dev-from", choices=["validation", "train"], help="ratings: what D_dev is taken from")
     add("--keep-threes", action="store_true", help="ratings: the published code drops those of 3")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
@@ -1352,7 +1397,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="maoal", help="single: the primary loss alone")
-    add("--preset", choices=PRESETS_OF_RATINGS, help="where they part (paper; ratings: own)")
+    add("--preset", choices=PRESETS_OF_RATINGS, help="whose formulas (paper; ratings: own)")
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
     add("--head-hidden", type=whole, default=0, help="of heads of two layers (Fig. 5); 0: linear")
@@ -1368,7 +1413,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--interval", type=whole, default=0, help="validate after every so many loops, too")
     add("--relu-importance", action=switch, help="negative alpha counts as 0 (published code: yes)")
     add("--mean-auxiliary", action=switch, help="auxiliary losses over K (published code: yes)")
-    add("--hypergrad-lr", type=rate, help="eta_1 in (9) (default: --lr; code: 1; auxl: 1e-4)")
+    add("--hypergrad-lr", type=rate, help="eta_1 in (7, 9) (default: --lr; code: 1; auxl: 1e-4)")
     add("--clip", type=factor, help="norm of the upper gradient; 0: any (code and auxl: 10)")
 
     add = p.add_argument_group("optimisation").add_argument
@@ -1435,13 +1480,18 @@ def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
     args = parse_args(argv)
     metric = f"test_{metric_of(args)}"
-    summary = run_seeds(args, train, metric)
+    try:
+        summary = run_seeds(args, train, metric)
+    except RuntimeError as error:  # of a layer that has no second derivative
+        if "is not implemented" not in str(error):
+            raise
+        fail(error)
     if "runs" in summary:
         chosen = f"{metric}_of_best_validation"
         values = [run[chosen] for run in summary["runs"]]
         summary[chosen] = statistics.fmean(values)
         summary[f"{chosen}_std"] = statistics.stdev(values)
-        print(f"{chosen} {summary[chosen]:.2f} +- {summary[f'{chosen}_std']:.2f}")
+        print(f"{chosen} {summary[chosen]:.4g} +- {summary[f'{chosen}_std']:.2g}")
     return summary
 
 
@@ -1450,7 +1500,7 @@ def main(argv=None) -> dict:
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    line = textwrap.shorten(str(message), 275, placeholder=" ...")
     print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -1660,7 +1710,7 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
             summary[name] = value
             summary[f"{name}_last15"] = statistics.fmean(line[name] for line in history[-15:])
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
+    print(f"{metric} {values[-1]:.4g} after {len(values)} epochs: {folder}")
     return summary
 
 
@@ -1687,7 +1737,7 @@ def run_seeds(args, train, metric: str) -> dict:
     values = [summary[metric] for summary in summaries]
     mean = statistics.fmean(values)
     std = statistics.stdev(values)
-    print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds: {args.out_dir}")
+    print(f"{metric} {mean:.4g} +- {std:.2g} over {len(runs)} seeds: {args.out_dir}")
     return {metric: mean, f"{metric}_std": std, "runs": summaries}
 
 

@@ -708,9 +708,15 @@ def write_classes(folder, label_network, split, batches, image_set, device):
             rows.append(pictures(split.take(surest), image_set, device, width=10))
         if rows:
             grid = torch.cat(rows)
-            path = folder / f"class-{c:02d}.png"
-            torchvision.utils.save_image(grid, path, nrow=10, pad_value=1)
+            write_picture(folder / f"class-{c:02d}.png", grid, nrow=10, pad_value=1)
     write_text(folder / "generated_classes.txt", "\n".join(lines) + "\n")
+
+
+def write_picture(path: Path, pictures, **options) -> None:
+    """A PNG of pictures (N, 3, H, W), 0 to 1, side by side."""
+    buffer = io.BytesIO()
+    torchvision.utils.save_image(pictures, buffer, format="png", **options)
+    write_bytes(path, buffer.getbuffer())
 
 
 def pictures(split, image_set, device, width: int):
@@ -844,7 +850,13 @@ def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
     # torch's forward mode itself calls the deprecated torch.jit.script
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
-    return run_seeds(parse_args(argv), train, "test_accuracy")
+    args = parse_args(argv)
+    try:
+        return run_seeds(args, train, "test_accuracy")
+    except NotImplementedError as error:  # of a layer that has no forward-mode derivative
+        if "forward" not in str(error):
+            raise
+        fail(error)
 
 
 # -------- Device and run folder: the same in every script -----------------------------------------
@@ -852,7 +864,7 @@ def main(argv=None) -> dict:
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    line = textwrap.shorten(str(message), 275, placeholder=" ...")
     print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -1062,7 +1074,7 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
             summary[name] = value
             summary[f"{name}_last15"] = statistics.fmean(line[name] for line in history[-15:])
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
+    print(f"{metric} {values[-1]:.4g} after {len(values)} epochs: {folder}")
     return summary
 
 
@@ -1089,7 +1101,7 @@ def run_seeds(args, train, metric: str) -> dict:
     values = [summary[metric] for summary in summaries]
     mean = statistics.fmean(values)
     std = statistics.stdev(values)
-    print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds: {args.out_dir}")
+    print(f"{metric} {mean:.4g} +- {std:.2g} over {len(runs)} seeds: {args.out_dir}")
     return {metric: mean, f"{metric}_std": std, "runs": summaries}
 
 

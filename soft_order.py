@@ -14,7 +14,7 @@ learn its own: at each depth it mixes the outputs of all layers, by D^2 learned 
 
     python soft_order.py --dataset synthetic              error 12.6 % (parallel 34.9 %), 1.5 min
     python soft_order.py --dataset mnist --tasks 10 --max-steps 5000     1.5 % (2.0 %), 3 min
-    python soft_order.py --dataset uci --seeds 0 1 2 3 4      22.1 % (26.9 %), 3 min for a seed
+    python soft_order.py --dataset uci --seeds 0 1 2 3 4      22.2 % (26.5 %), 2 min for a seed
 
 Departures from the paper [P], which is in Keras and has no public code; [?]: what it leaves open:
 - PyTorch, with Keras's initial values (Glorot-uniform, biases 0) and defaults of Adam.
@@ -1104,7 +1104,7 @@ def main(argv=None) -> dict:
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    line = textwrap.shorten(str(message), 275, placeholder=" ...")
     print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -1314,7 +1314,7 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
             summary[name] = value
             summary[f"{name}_last15"] = statistics.fmean(line[name] for line in history[-15:])
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
+    print(f"{metric} {values[-1]:.4g} after {len(values)} epochs: {folder}")
     return summary
 
 
@@ -1341,7 +1341,7 @@ def run_seeds(args, train, metric: str) -> dict:
     values = [summary[metric] for summary in summaries]
     mean = statistics.fmean(values)
     std = statistics.stdev(values)
-    print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds: {args.out_dir}")
+    print(f"{metric} {mean:.4g} +- {std:.2g} over {len(runs)} seeds: {args.out_dir}")
     return {metric: mean, f"{metric}_std": std, "runs": summaries}
 
 

@@ -684,7 +684,14 @@ def write_weights(folder, label_network, split, batches, image_set, r: float, de
         extreme_loader = make_loader(split.take(extremes), image_set, 64, device, train=False)
         ((x, _, _),) = extreme_loader
         pixels = (x * extreme_loader.std + extreme_loader.mean) / 255
-        torchvision.utils.save_image(pixels, folder / f"{name}_weights.png", nrow=8)
+        write_picture(folder / f"{name}_weights.png", pixels, nrow=8)
+
+
+def write_picture(path: Path, pictures, **options) -> None:
+    """A PNG of pictures (N, 3, H, W), 0 to 1, side by side."""
+    buffer = io.BytesIO()
+    torchvision.utils.save_image(pictures, buffer, format="png", **options)
+    write_bytes(path, buffer.getbuffer())
 
 
 # -------- Command line ----------------------------------------------------------------------------
@@ -814,7 +821,13 @@ def main(argv=None) -> dict:
     """Run the command line; returns the summary."""
     # torch's forward mode itself calls the deprecated torch.jit.script
     warnings.filterwarnings("ignore", message=".*torch.jit.script", category=FutureWarning)
-    return run_seeds(parse_args(argv), train, "test_accuracy")
+    args = parse_args(argv)
+    try:
+        return run_seeds(args, train, "test_accuracy")
+    except NotImplementedError as error:  # of a layer that has no forward-mode derivative
+        if "forward" not in str(error):
+            raise
+        fail(error)
 
 
 # -------- Device and run folder: the same in every script -----------------------------------------
@@ -822,7 +835,7 @@ def main(argv=None) -> dict:
 
 def fail(message, code: int = 2):
     """End the program with one line on stderr."""
-    line = textwrap.shorten(str(message), 280, placeholder=" ...")
+    line = textwrap.shorten(str(message), 275, placeholder=" ...")
     print(f"{Path(__file__).name}: error: {line}", file=sys.stderr)
     raise SystemExit(code)
 
@@ -1032,7 +1045,7 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
             summary[name] = value
             summary[f"{name}_last15"] = statistics.fmean(line[name] for line in history[-15:])
     write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"{metric} {values[-1]:.2f} after {len(values)} epochs: {folder}")
+    print(f"{metric} {values[-1]:.4g} after {len(values)} epochs: {folder}")
     return summary
 
 
@@ -1059,7 +1072,7 @@ def run_seeds(args, train, metric: str) -> dict:
     values = [summary[metric] for summary in summaries]
     mean = statistics.fmean(values)
     std = statistics.stdev(values)
-    print(f"{metric} {mean:.2f} +- {std:.2f} over {len(runs)} seeds: {args.out_dir}")
+    print(f"{metric} {mean:.4g} +- {std:.2g} over {len(runs)} seeds: {args.out_dir}")
     return {metric: mean, f"{metric}_std": std, "runs": summaries}
 
 

@@ -40,7 +40,7 @@ def variants(args, device) -> dict:
             check_trunk(network.trunk, args.backbone, args.image_size)
         network = network.to(device)
         modules = maoal.partition_modules(network)
-        importance = torch.full((k, len(modules)), 0.9, device=device)
+        importance = torch.full((k, len(modules) + 1), 0.9, device=device)
         y = torch.arange(args.batch_size, device=device) % CLASSES
         size = (args.batch_size, 3, args.image_size, args.image_size)
         batches = [maoal.Batch(torch.randn(size, device=device), y) for _ in range(k + 1)]

@@ -199,3 +199,28 @@ class LinearFirst(nn.Module):
 def linear_first() -> nn.Module:
     """A network that the wrapper has to refuse."""
     return LinearFirst()
+
+
+class Twice(torch.autograd.Function):
+    """A function as people write their own: it has a backward, and no forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return Twice.apply(x)
+
+
+def no_forward_mode() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), Doubled(), nn.Linear(8, 10))
+
+
+def no_second_derivative() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.Hardsigmoid(), nn.Linear(8, 10))

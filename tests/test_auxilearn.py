@@ -1053,18 +1053,6 @@ def test_wrong_combinations_get_one_line(flags, said, tmp_path, capsys):
     assert stop.value.code == 2 and error.count("\n") == 1 and said in error, error
 
 
-def test_a_backbone_without_a_second_derivative_gets_one_line(tmp_path, capsys):
-    layers = "nn.Flatten(), nn.Linear(3072, 8), nn.Hardsigmoid(), nn.Linear(8, 10)"
-    source = f"import torch.nn as nn\ndef hard():\n    return nn.Sequential({layers})\n"
-    (tmp_path / "net.py").write_text(source)
-    flags = f"--dataset synthetic --backbone {tmp_path}/net.py:hard --max-steps 3"
-    with pytest.raises(SystemExit) as stop:
-        run_with(f"{flags} --upper-every 2", tmp_path)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "hardsigmoid" in error, error
-    run_with(f"{flags} --method human", tmp_path)
-
-
 def test_the_data_set_decides_the_defaults():
     def defaults(flags, *names):
         args = auxilearn.parse_args(flags.split())

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 NETS = str(ROOT / "tests/nets.py")
 IMAGES = ["--dataset", "synthetic", "--backbone", f"{NETS}:mlp", "--epochs", "2"]
+SCENES = "--mode combine --dataset synthetic-scenes --width 2 --levels 2"
 SMALL_SUPERNET = ["--crop", "16", "--width", "2", "--depth", "1", "1", "1", "1", "1"]
 
 
@@ -81,7 +82,9 @@ SCRIPTS = {
             "",
             "--aux-set 0",
             "--combiner nonlinear",
-            "--mode combine --dataset synthetic-scenes --width 2 --levels 2",
+            SCENES,
+            f"{SCENES} --combiner conv --upper-every 1",
+            f"{SCENES} --method gcs",
         ],
     ),
     "soft_order": Facts(
@@ -445,6 +448,22 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(wamal, t
     assert wamal.main(tiny(wamal, tmp_path, "--resume"))["epochs"] == 2
 
 
+@pytest.mark.parametrize("name", ["wamal", "maxl", "soft_order"])
+def test_a_picture_is_written_whole_or_not_at_all(name, tmp_path, capsys, monkeypatch):
+    """By the function that writes checkpoints, then."""
+    script = importlib.import_module(name)
+    write = script.write_bytes
+
+    def full(path, contents):
+        if path.suffix == ".png":
+            raise script.InputError(f"cannot write {path}: no room")
+        write(path, contents)
+
+    monkeypatch.setattr(script, "write_bytes", full)
+    assert "cannot write" in refuses(script, capsys, *tiny(script, tmp_path))
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_a_folder_that_vanishes_is_one_line(wamal, tmp_path, capsys):
     def remove(network, n):
         if n == 2:
@@ -514,6 +533,25 @@ def test_too_little_memory_is_one_line(wamal, tmp_path, capsys):
         with patched_step(wamal, before=ask):
             error = refuses(wamal, capsys, *tiny(wamal, tmp_path))
         assert "out of memory" in error and size in error and "--batch-size" in error
+
+
+@pytest.mark.parametrize(
+    "name, network, said",
+    [
+        ("wamal", "no_forward_mode", "jvp"),
+        ("maxl", "no_forward_mode", "jvp"),
+        ("auxilearn", "no_second_derivative --upper-every 2", "hardsigmoid"),
+        ("maoal", "no_second_derivative", "hardsigmoid"),
+    ],
+)
+def test_a_layer_without_the_derivative_that_a_step_takes_is_one_line(
+    name, network, said, tmp_path, capsys
+):
+    """The methods without such a step train it."""
+    script = importlib.import_module(name)
+    flags = f"--backbone {NETS}:{network}".split()
+    assert said in refuses(script, capsys, *tiny(script, tmp_path), *flags)
+    script.main([*tiny(script, tmp_path), *flags[:2], "--method", "single"])
 
 
 def write_pictures(folder: Path) -> str:
@@ -593,7 +631,7 @@ def test_seeds_run_in_turn_and_are_summed_up(wamal, tmp_path, capsys):
     assert abs(summary["test_accuracy"] - mean) < 1e-9
     assert abs(summary["test_accuracy_std"] - std) < 1e-9
     assert len(list(tmp_path.iterdir())) == 3
-    assert f"{mean:.2f} +- {std:.2f}" in capsys.readouterr().out.splitlines()[-1]
+    assert f"{mean:.4g} +- {std:.2g}" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_ctrl_c_leaves_a_valid_checkpoint(wamal, tmp_path, capsys):

@@ -63,6 +63,11 @@ def make_problem(backbone=small_resnet, classes=(3, 4, 2), images=6, how="block"
     return network, modules, batches, dev, importance
 
 
+def with_rest(importance):
+    """(K, m + 1): a last column, 1, for what is in no module."""
+    return F.pad(importance, (0, 1), value=1.0)
+
+
 def make_ratings(how="block"):
     """AutoInt on made categories; the auxiliary loss is ||theta||^2."""
     torch.manual_seed(0)
@@ -293,7 +298,7 @@ def test_the_update_field_is_that_of_the_paper(make, how):
     def difference(importance):
         torch.manual_seed(1)
         losses, field = maoal.module_weighted_gradients(
-            copy.deepcopy(network), batches, modules, importance
+            copy.deepcopy(network), batches, modules, with_rest(importance)
         )
         assert len(losses) == len(batches)
         assert all(t.grad_fn is None for t in field.values()), "no graph is left"
@@ -306,17 +311,22 @@ def test_the_update_field_is_that_of_the_paper(make, how):
 
 def test_what_is_in_no_module_takes_its_own_column():
     network, modules, batches, _, importance = make_problem()
-    for column in (None, torch.tensor([0.3, 0.7]).double()):
-        a = importance
-        if column is not None:
-            a = torch.cat([importance, column[:, None]], dim=1)
-        _, field = maoal.module_weighted_gradients(copy.deepcopy(network), batches, modules, a)
-        for i in range(3):
-            loss = slow_loss(network, batches[i], i, dict(network.named_parameters()))
-            (expected,) = torch.autograd.grad(loss, network.heads[i].weight)
-            if i > 0 and column is not None:
-                expected = column[i - 1] * expected
-            assert relative_difference(field[f"heads.{i}.weight"], expected) < 1e-10
+    column = torch.tensor([0.3, 0.7]).double()
+    a = torch.cat([importance, column[:, None]], dim=1)
+    _, field = maoal.module_weighted_gradients(copy.deepcopy(network), batches, modules, a)
+    for i, factor in enumerate([1, *column]):
+        loss = slow_loss(network, batches[i], i, dict(network.named_parameters()))
+        (expected,) = torch.autograd.grad(loss, network.heads[i].weight)
+        assert relative_difference(field[f"heads.{i}.weight"], factor * expected) < 1e-10
+
+
+def test_an_importance_of_another_width_is_refused():
+    network, modules, batches, dev, importance = make_problem()
+    for a in (importance, F.pad(importance, (0, 2))):
+        with pytest.raises(ValueError, match="argument 2 is"):
+            maoal.module_weighted_gradients(network, batches, modules, a)
+        with pytest.raises(ValueError, match="argument 2 is"):
+            maoal.importance_gradient(network, batches, dev, modules, a, lr=0.1)
 
 
 def test_statistics_follow_each_pass_once():
@@ -324,7 +334,7 @@ def test_statistics_follow_each_pass_once():
     reference = copy.deepcopy(network)
     for i, batch in enumerate(batches):
         reference(batch.x, i)
-    maoal.module_weighted_gradients(network, batches, modules, importance)
+    maoal.module_weighted_gradients(network, batches, modules, with_rest(importance))
     for a, b in zip(network.buffers(), reference.buffers(), strict=True):
         assert torch.equal(a, b)
 
@@ -333,7 +343,7 @@ def test_lower_step_is_an_sgd_step_along_the_field():
     network, modules, batches, _, importance = make_problem()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     before = copy.deepcopy(dict(network.named_parameters()))
-    _, field = maoal.module_weighted_gradients(network, batches, modules, importance)
+    _, field = maoal.module_weighted_gradients(network, batches, modules, with_rest(importance))
     del field["heads.2.weight"]
     network.heads[2].weight.grad = torch.ones_like(network.heads[2].weight)
     maoal.lower_step(network, optimizer, field)
@@ -355,7 +365,7 @@ def test_gradients_lie_in_memory_as_their_parameters_do():
 
     network, modules, batches, dev, _ = make_problem()
     importance = maoal.Importance(2, len(modules)).double()
-    a = torch.ones(2, len(modules)).double()
+    a = torch.ones(2, len(modules) + 1).double()
     slopes = maoal.importance_gradient(network, batches, dev, modules, a, lr=0.1)
     optimizer = torch.optim.Adam(importance.parameters(), 0.01, fused=True)
     maoal.importance_step(network, importance, optimizer, batches, dev, modules, lr=0.1)
@@ -527,7 +537,7 @@ def test_importance_gradient_equals_the_published_way(make, look_back):
         torch.manual_seed(1)
         state = torch.get_rng_state()
         got = maoal.importance_gradient(
-            network, batches, dev, modules, importance, lr=0.05, look_back=look_back
+            network, batches, dev, modules, with_rest(importance), lr=0.05, look_back=look_back
         )
         assert torch.equal(state, torch.get_rng_state()), "no random number is used up"
         assert got.grad_fn is None and got.shape == expected.shape
@@ -541,14 +551,13 @@ def test_importance_gradient_equals_the_published_way(make, look_back):
         assert torch.equal(value, before[name]), "the network is as it was"
 
 
-def test_importance_gradient_takes_what_the_lower_step_takes():
-    """An importance with a last column, which has no part in it."""
+def test_what_is_in_no_module_has_no_part_in_the_importance_gradient():
     network, modules, batches, dev, importance = make_problem()
-    column = torch.rand(2, 1).double()
-    a = torch.cat([importance, column], dim=1)
+    a = with_rest(importance)
     options = {"lr": 0.05, "look_back": 2}
+    expected = maoal.importance_gradient(network, batches, dev, modules, a, **options)
+    a[:, -1] = 7
     got = maoal.importance_gradient(network, batches, dev, modules, a, **options)
-    expected = maoal.importance_gradient(network, batches, dev, modules, importance, **options)
     assert torch.equal(got, expected)
 
 
@@ -563,15 +572,16 @@ def test_frozen_parameters_take_no_part():
     rows = [list(whole).index(name) for name in modules]
     options = {"lr": 0.05, "look_back": 2}
     data = (network, batches, dev)
-    part = maoal.importance_gradient(*data, modules, importance[:, rows], **options)
-    found = maoal.importance_gradient(*data, whole, importance, **options)
+    of_part = with_rest(importance[:, rows])
+    part = maoal.importance_gradient(*data, modules, of_part, **options)
+    found = maoal.importance_gradient(*data, whole, with_rest(importance), **options)
     assert part.abs().min() > 1e-12
     assert relative_difference(found[:, rows], part) < 1e-12
     assert (found[:, list(whole).index("3")] == 0).all()
 
     for gradients in (maoal.gcs_gradients, maoal.module_weighted_gradients):
-        more = [importance] if gradients is maoal.module_weighted_gradients else []
-        less = [importance[:, rows]] if more else []
+        more = [with_rest(importance)] if gradients is maoal.module_weighted_gradients else []
+        less = [of_part] if more else []
         _, field = gradients(copy.deepcopy(network), batches, whole, *more)
         _, expected = gradients(copy.deepcopy(network), batches, modules, *less)
         assert field.keys() == expected.keys()
@@ -614,7 +624,8 @@ def quadratic_problem():
 
 def test_with_many_terms_it_is_the_exact_inverse():
     network, a, batches, dev, jacobian, modules = quadratic_problem()
-    got = maoal.importance_gradient(network, batches, dev, modules, a, lr=0.1, look_back=400)
+    options = {"lr": 0.1, "look_back": 400}
+    got = maoal.importance_gradient(network, batches, dev, modules, with_rest(a), **options)
     theta = torch.cat([network.first, network.second]).detach()
     v = 2 / 7 * dev.x.T @ (dev.x @ theta - dev.y)
     p = torch.linalg.solve(jacobian.T, v)  # lr times the Neumann series: (J^T)^-1 v
@@ -629,13 +640,13 @@ def test_it_is_the_derivative_of_the_unrolled_objective(look_back):
     """At the field's zero (9) is exact: M + 1 steps of (6), central differences in alpha."""
     network, a, batches, dev, _, modules = quadratic_problem()
     options = {"lr": 0.1, "look_back": look_back}
-    got = maoal.importance_gradient(network, batches, dev, modules, a, **options)
+    got = maoal.importance_gradient(network, batches, dev, modules, with_rest(a), **options)
 
     def unrolled(a):
         moved = copy.deepcopy(network)
         optimizer = torch.optim.SGD(moved.parameters(), 0.1)
         for _ in range(look_back + 1):
-            _, field = maoal.module_weighted_gradients(moved, batches, modules, a)
+            _, field = maoal.module_weighted_gradients(moved, batches, modules, with_rest(a))
             maoal.lower_step(moved, optimizer, field)
         return float(slow_loss(moved, dev, 0, dict(moved.named_parameters())))
 
@@ -677,7 +688,7 @@ def test_importance_step_goes_through_relu_scale_and_clip():
     importance = maoal.Importance(2, len(modules), relu=True, mean=True).double()
     importance.weight.data.copy_(alpha)
     optimizer = torch.optim.SGD(importance.parameters(), 1.0)
-    a = alpha.relu() / 2
+    a = with_rest(alpha.relu() / 2)
     gradient = maoal.importance_gradient(network, batches, dev, modules, a, lr=1.0, look_back=2)
     gradient = gradient * (alpha > 0) / 2
     options = {"lr": 1.0, "look_back": 2, "clip": 1e-3}
@@ -740,7 +751,7 @@ def test_the_claim_the_gradients_sign_is_right_in_every_module_and_seed(seed):
     harmful = 2 * network(x).detach() - y
     other = Batch(torch.randn(40, 6).double(), torch.randn(40).double())
     batches = [other, Batch(x, y), Batch(x, harmful)]
-    ones = torch.ones(2, 3).double()
+    ones = torch.ones(2, 4).double()
     gradient = maoal.importance_gradient(network, batches, Batch(x, y), modules, ones, lr=0.01)
     more = "more of the helpful loss, less of the harmful one"
     assert (gradient[0] < 0).all() and (gradient[1] > 0).all(), more
@@ -857,19 +868,19 @@ def test_auxiliary_weight_multiplies_each_auxiliary_loss():
 
     network, modules, batches, dev, importance = make_problem()
     weighted = [batches[0], *(batch._replace(weight=0.3) for batch in batches[1:])]
-    data = (network, weighted, dev, modules, importance)
+    data = (network, weighted, dev, modules, with_rest(importance))
     _, field = maoal.module_weighted_gradients(
-        copy.deepcopy(network), weighted, modules, 2 * importance
+        copy.deepcopy(network), weighted, modules, with_rest(2 * importance)
     )
     _, expected = maoal.module_weighted_gradients(
-        copy.deepcopy(network), batches, modules, 0.6 * importance
+        copy.deepcopy(network), batches, modules, with_rest(0.6 * importance)
     )
     for name in field:
         if name.startswith("trunk."):
             assert relative_difference(field[name], expected[name]) < 1e-12
     got = maoal.importance_gradient(*data, lr=0.05, look_back=2)
     plain = maoal.importance_gradient(
-        network, batches, dev, modules, 0.3 * importance, lr=0.05, look_back=2
+        network, batches, dev, modules, with_rest(0.3 * importance), lr=0.05, look_back=2
     )
     assert relative_difference(got, 0.3 * plain) < 1e-10
 
@@ -1269,9 +1280,10 @@ def test_presets_are_the_papers_and_the_published_codes():
 
     code = ["--preset", "published-code"]
     ratings = ["--dataset", "movielens-1m"]
-    paper = [False, False, None, 0, "adam", 0.01, 0, "validation"]
-    assert values() == values(*ratings, "--preset", "paper") == paper
-    assert values(*code) == [True, True, 1, 10, "adam", 0.01, 5e-4, "validation"]
+    paper = [False, False, None, 0, "adam", 0.01, 0]
+    assert values() == [*paper, None], "D_dev is of training images"
+    assert values(*ratings, "--preset", "paper") == [*paper, "validation"]
+    assert values(*code) == [True, True, 1, 10, "adam", 0.01, 5e-4, None]
     assert values(*code, *ratings) == [True, False, 1, 10, "momentum", 1e-3, 0, "train"]
     assert values(*ratings) == [True, False, 0.01, 1e-4, "adam", 0.05, 0, "train"]
     own = values(*code, "--no-relu-importance", "--clip", "0")
@@ -1318,8 +1330,8 @@ def test_d_dev_is_one_batch_or_several(size, batches):
         ("folder:here", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
         ("nyuv2", ("efficientnet_b0", False, 100, 8, "adam", 1e-4, 20)),
         ("cub200", ("resnet18", True, 100, 64, "adam", 1e-4, 20)),
-        ("movielens-1m", ("resnet18", False, 15, 256, "adam", 1e-3, 10)),
-        ("synthetic-ratings", ("resnet18", False, 40, 64, "adam", 3e-3, 10)),
+        ("movielens-1m", (None, None, 15, 256, "adam", 1e-3, 10)),
+        ("synthetic-ratings", (None, None, 40, 64, "adam", 3e-3, 10)),
     ],
 )
 def test_recipes(dataset, expected):

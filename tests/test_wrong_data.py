@@ -211,7 +211,7 @@ SCENE_FAULTS = {
     "class nan": ("label", lambda a: a * np.nan, "a value is nan"),
     "depth nan": ("depth", lambda a: a * np.nan, "a value is nan"),
     "negative depth": ("depth", lambda a: a - 9, "not from 0 to inf"),
-    "normal inf": ("normal", lambda a: a + np.inf, "a value is inf"),
+    "normal inf": ("normal", lambda a: a + np.inf, "a value is inf, not finite"),
     "another size": ("depth", lambda a: a[:-1], "its shape"),
     "grey": ("image", lambda a: a[..., 0], "cannot read"),
 }

@@ -35,7 +35,7 @@ published-code takes the formulas of [C], too. Departures:
 - All methods see the same labels: D_dev's, and of the rest those that --label-fraction leaves.
 - Ratings have a --preset of their own, the default: with the settings of [P] and [C] alpha rises on
   MovieLens, where the auxiliary loss harms.
-- Not here: Table 3's NYU v2. HPO-tune is a grid of --auxiliary-weight.
+- Scenes: the light heads are ours, [P] names none. HPO-tune is a grid of --auxiliary-weight.
 """
 
 import argparse
@@ -67,11 +67,14 @@ from common import (
     BACKBONES,
     IMAGE_SETS,
     RATING_SETS,
+    SCENE_SETS,
     Features,
     ImageSet,
     InputError,
     RatingLoader,
     Ratings,
+    SceneLoader,
+    SceneSplit,
     Split,
     build_backbone,
     check_trunk,
@@ -82,6 +85,7 @@ from common import (
     load_cub200_parts,
     load_image_set,
     load_rating_set,
+    load_scene_set,
     make_loader,
     reading,
     rotate_randomly,
@@ -115,6 +119,45 @@ class PrimaryNetwork(nn.Module):
 
     def forward(self, x, task: int = 0):
         return self.heads[task](self.trunk(x))
+
+
+class SceneNetwork(nn.Module):
+    """theta for scenes: the stages of a backbone that all tasks share, and a light head for each.
+
+    backbone: EfficientNet, or another whose `features` are a sequence of stages that ends with the
+        1x1 convolution before the classifier. The trunk is a copy of them without that: 8 of B0.
+    num_outputs: channels of each task's output. A head is a 1x1 convolution of each stage's map;
+        their outputs are added up, from coarse to fine.
+    Called with x (B, 3, H, W) and the number of a task, returns (B, num_outputs[task], H, W).
+    Raises InputError if the backbone has no such stages.
+    """
+
+    def __init__(self, backbone: nn.Module, num_outputs: list[int]):
+        super().__init__()
+        stages = getattr(backbone, "features", nn.Sequential())
+        self.trunk = deepcopy(stages[:-1])
+        widths = []
+        for stage in self.trunk:
+            widths += [m.out_channels for m in stage.modules() if isinstance(m, nn.Conv2d)][-1:]
+        if not widths or len(widths) < len(self.trunk):
+            kind = type(backbone).__name__
+            wanted = "`features` made of stages, as EfficientNet's"
+            raise InputError(f"scenes need a backbone with {wanted}; {kind} has none")
+        self.heads = nn.ModuleList()
+        for n in num_outputs:
+            self.heads.append(nn.ModuleList(nn.Conv2d(width, n, 1) for width in widths))
+
+    def forward(self, x, task: int = 0):
+        size = x.shape[2:]
+        maps = []
+        for stage, conv in zip(self.trunk, self.heads[task], strict=True):
+            x = stage(x)
+            maps.append(conv(x))
+        y = maps.pop()
+        while maps:
+            finer = maps.pop()
+            y = finer + F.interpolate(y, finer.shape[2:], mode="bilinear")
+        return F.interpolate(y, size, mode="bilinear")
 
 
 class InteractingLayer(nn.Module):
@@ -284,13 +327,30 @@ class SquaredNorm(NamedTuple):
 def prediction_loss(output, y):
     """The mean loss over the samples that have a label, a scalar; 0 if none has.
 
-    output: logits (B, C), for classes y (B,): cross-entropy. Or ratings (B,), for ratings y (B,),
-        which are told by their float type: squared error.
+    output: logits (B, C) for classes y (B,), or (B, C, H, W) for (B, H, W): cross-entropy. Or, told
+        by the float type of y, ratings (B,) for ratings (B,): squared error; or see geometry_loss.
     """
+    if y.is_floating_point() and y.dim() > 1:
+        return geometry_loss(output, y)
     if y.is_floating_point():
         return (output - y).square().mean()
     labelled = (y >= 0).sum()
     return F.cross_entropy(output, y, ignore_index=-1, reduction="sum") / labelled.clamp(min=1)
+
+
+def geometry_loss(output, y):
+    """The mean over the pixels where y is known, not 0: a scalar, 0 if there is none.
+
+    output: depths (B, 1, H, W) for y (B, H, W), |difference|; or (B, 3, H, W) of any length for
+        unit normals y (B, 3, H, W), 1 - cosine.
+    """
+    if y.dim() == 3:
+        known = y > 0
+        error = (output[:, 0] - y).abs()
+    else:
+        known = (y != 0).any(dim=1)
+        error = 1 - F.cosine_similarity(output, y, dim=1)
+    return (error * known).sum() / known.sum().clamp(min=1)
 
 
 def squared_norm(theta: dict):
@@ -776,6 +836,8 @@ def train(args) -> dict:
             if args.method in BILEVEL:  # a step on what is learned (lines 17 to 23)
                 upper = next(batches)
                 x, y, _ = next(dev_batches)
+                if args.dataset in SCENE_SETS:
+                    y = y[0]  # the segmentation
                 dev = Batch(x, y)
                 norm_sum += upper_step(
                     args, network, learned, upper_optimizer, upper, dev, modules, lr
@@ -861,10 +923,10 @@ def upper_step(args, network, learned, upper_optimizer, batches, dev_batch, modu
 class RunData:
     """What a run trains and is tested on."""
 
-    trains: list  # a Split for each task, or one that all tasks share; or Ratings
-    dev: Split | Ratings | None  # D_dev, for the methods that have an upper step
-    val: Split | Ratings
-    test: Split | Ratings
+    trains: list  # a Split for each task, or one that all tasks share; or Ratings, or scenes
+    dev: Split | Ratings | SceneSplit | None  # D_dev, for the methods that have an upper step
+    val: Split | Ratings | SceneSplit
+    test: Split | Ratings | SceneSplit
     tasks: list[str]  # the auxiliary tasks' names
     classes: list[int]  # of each task, the primary one first; of ratings, none
     auxiliary: torch.Tensor | None = None  # int64 (N, K), labels of the shared images
@@ -876,6 +938,8 @@ def load_data(args) -> RunData:
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset in RATING_SETS:
         return load_ratings(args, generator)
+    if args.dataset in SCENE_SETS:
+        return load_scenes(args, generator)
 
     image_set, trains, tasks, classes = load_images(args)
     train, *others = [
@@ -919,6 +983,29 @@ def load_ratings(args, generator) -> RunData:
     return RunData(trains=[train], dev=dev, val=val, test=test, tasks=["L2"], classes=[])
 
 
+def load_scenes(args, generator) -> RunData:
+    """Scenes: segmentation with the auxiliary tasks depth and surface normals (Table 3)."""
+    scene_set = load_scene_set(args.dataset, args.data_root)
+    n = len(scene_set.train)
+    val_size = max(1, round(0.1 * n))
+    dev_size = args.dev_size or max(2, round(0.05 * n))
+    if val_size + dev_size >= n:
+        raise InputError(f"a D_dev of {dev_size} leaves nothing of {n} training scenes")
+    order = torch.randperm(n, generator=generator)
+    val, dev, train = order.tensor_split([val_size, val_size + dev_size])
+    if args.method not in BILEVEL:
+        train = torch.cat([train, dev])
+        dev = dev[:0]
+    return RunData(
+        trains=[scene_set.train.take(train)],
+        dev=scene_set.train.take(dev),
+        val=scene_set.train.take(val),
+        test=scene_set.test,
+        tasks=["depth", "normals"],
+        classes=[len(scene_set.classes), 1, 3],
+    )
+
+
 def load_images(args) -> tuple[ImageSet, list[Split], list[str], list[int]]:
     """The image set, its training splits, the auxiliary tasks' names, all tasks' classes.
 
@@ -960,6 +1047,8 @@ def build_loader(args, data: RunData, split, device, *, train: bool, batch_size=
     """The loader of some of the run's data, in batches of --batch-size where none is given."""
     batch_size = batch_size or args.batch_size
     options = {"train": train, "seed": seed}
+    if isinstance(split, SceneSplit):
+        return SceneLoader(split, batch_size, device, **options)
     if data.image_set is None:
         return RatingLoader(split, batch_size, device, **options)
     return make_loader(split, data.image_set, batch_size, device, workers=args.workers, **options)
@@ -981,11 +1070,16 @@ def endless_batches(args, loaders, auxiliary):
     streams = [forever(loader) for loader in loaders]
     while True:
         x, y, index = next(streams[0])
+        of_scene = []
+        if args.dataset in SCENE_SETS:
+            y, *of_scene = y  # the segmentation; depth and normals
         batches = [Batch(x, y)]
         if args.dataset == PEOPLE:  # each task has images of its own
             for stream in streams[1:]:
                 x_own, y_own, _ = next(stream)
                 batches.append(Batch(x_own, y_own, args.auxiliary_weight))
+        elif args.method != "single" and of_scene:
+            batches += [Batch(x, field, args.auxiliary_weight) for field in of_scene]
         elif args.method != "single":
             batches += auxiliary_batches(args, x, index, auxiliary)
         yield batches
@@ -1007,6 +1101,8 @@ def build_network(args, data: RunData):
     if args.dataset in RATING_SETS:
         return AutoInt(data.trains[0].sizes, hidden=args.head_hidden)
     backbone = build_backbone(args.backbone, args.pretrained)
+    if args.dataset in SCENE_SETS:
+        return SceneNetwork(backbone, data.classes)
     network = PrimaryNetwork(backbone, data.classes, args.head_hidden)
     check_trunk(network.trunk, args.backbone, data.image_set.image_size)
     return network
@@ -1050,12 +1146,19 @@ def metric_of(args) -> str:
     """What the run is measured by."""
     if args.dataset in RATING_SETS:
         return "rmse"
+    if args.dataset in SCENE_SETS:
+        return "miou"
     return "accuracy"
 
 
 @torch.no_grad()
 def evaluate(network, loader):
-    """Accuracy in percent, of ratings the root mean squared error, in eval mode: a scalar."""
+    """Accuracy in percent, of ratings the root mean squared error, in eval mode: a scalar.
+
+    Of scenes, the mean IoU.
+    """
+    if isinstance(loader, SceneLoader):
+        return evaluate_scenes(network, loader)[0]
     network.eval()
     total = 0
     n = 0
@@ -1070,6 +1173,27 @@ def evaluate(network, loader):
     if y.is_floating_point():
         return (total / n).sqrt()
     return total / n
+
+
+@torch.no_grad()
+def evaluate_scenes(network, loader):
+    """In eval mode, over all pixels that have a label, in percent: (mean IoU, pixel accuracy).
+
+    The IoU's mean is over the classes that occur in labels or predictions.
+    """
+    network.eval()
+    table = 0  # (C, C), by true class and given class
+    for x, (segmentation, _, _), _ in loader:
+        logits = network(x)
+        c = logits.shape[1]
+        cell = ((segmentation + 1) * c + logits.argmax(dim=1)).flatten()  # -1, none, comes first
+        counts = torch.zeros((c + 1) * c, dtype=torch.long, device=x.device)
+        counts.scatter_add_(0, cell, torch.ones_like(cell))
+        table = table + counts.view(c + 1, c)[1:]
+    network.train()
+    hits = table.diagonal().double()
+    union = table.sum(dim=0) + table.sum(dim=1) - hits
+    return 100 * torch.stack([(hits / union).nanmean(), hits.sum() / table.sum()])
 
 
 def keep_best(best, performance, network, epoch: int, metric: str) -> None:
@@ -1097,6 +1221,9 @@ def describe_best(best, test_loader, metric: str) -> dict:
         f"best_val_{metric}": record,
         "best_validation_epoch": int(epoch),
     }
+    if metric == "miou":
+        accuracy = evaluate_scenes(best, test_loader)[1]
+        figures["test_pixel_accuracy_of_best_validation"] = float(accuracy)
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return figures
 
@@ -1137,8 +1264,8 @@ def importance_table(metrics: dict) -> str:
 METHODS = ("maoal", "single", "equal", "uncertainty", "gcs", "auxl")
 BILEVEL = ("maoal", "auxl")  # the methods with an upper step
 PEOPLE = "cifar100-people"
-SETS = (*IMAGE_SETS, PEOPLE, *RATING_SETS)
-BEST = {"accuracy": max, "rmse": min}
+SETS = (*IMAGE_SETS, PEOPLE, *RATING_SETS, *SCENE_SETS)
+BEST = {"accuracy": max, "rmse": min, "miou": max}
 
 SMALL_IMAGES = {  # of the published code for people
     "backbone": "convnet4",
@@ -1172,6 +1299,7 @@ RATINGS = {  # of the published code
     "lower_steps": 20,
 }
 SYNTHETIC_RATINGS = RATINGS | {"epochs": 40, "batch_size": 64, "lr": 3e-3}
+SCENES = LARGE_IMAGES | {"backbone": "efficientnet_b0", "batch_size": 8}
 RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     PEOPLE: SMALL_IMAGES | {"backbone": "resnet18-cifar"},
     "synthetic": SMALL_IMAGES | {"epochs": 4, "batch_size": 50, "lower_steps": 5},
@@ -1183,6 +1311,8 @@ RECIPES = {  # the defaults of a data set; of the others: SMALL_IMAGES
     "amazon-beauty": RATINGS,
     "synthetic-ratings": SYNTHETIC_RATINGS,
     "synthetic-ratings-few": SYNTHETIC_RATINGS,
+    "nyuv2": SCENES,
+    "synthetic-scenes": SCENES | {"epochs": 4, "lr": 1e-3},
 }
 
 PAPER = {  # its formulas; the upper optimiser is the published code's for people
@@ -1312,7 +1442,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error(f"unknown dataset {args.dataset!r}; the sets are {', '.join(SETS)}")
     if has_ratings and (args.backbone or args.pretrained or args.image_size):
         p.error(f"--backbone, --pretrained and --image-size are not for --dataset {kind}")
-    if has_ratings and min(args.train_fraction, args.label_fraction) < 1:
+    if kind in SCENE_SETS and (args.pretrained or args.image_size or args.head_hidden):
+        p.error(f"--pretrained, --image-size and --head-hidden are not for --dataset {kind}")
+    if kind in (*RATING_SETS, *SCENE_SETS) and min(args.train_fraction, args.label_fraction) < 1:
         p.error(f"--train-fraction and --label-fraction are not for --dataset {kind}")
     if args.keep_threes and kind != "movielens-1m":
         p.error("--keep-threes is for --dataset movielens-1m")

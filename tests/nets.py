@@ -59,6 +59,27 @@ def dropout() -> nn.Module:
     )
 
 
+class Stages(nn.Module):
+    """Two stages of `features`, the 1x1 convolution that ends them, and a classifier."""
+
+    def __init__(self):
+        super().__init__()
+        widths = [3, 6, 8]
+        stages = [conv_bn(widths[i], widths[i + 1], 3, stride=2, padding=1) for i in range(2)]
+        self.features = nn.Sequential(*stages, conv_bn(8, 12, 1))
+        self.classifier = nn.Linear(12, 10)
+
+
+def conv_bn(channels: int, width: int, size: int, **options) -> nn.Module:
+    """A convolution, batch norm and EfficientNet's activation."""
+    conv = nn.Conv2d(channels, width, size, **options)
+    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.SiLU(inplace=True))
+
+
+def stages() -> nn.Module:
+    return Stages()
+
+
 def small_vit() -> nn.Module:
     """A ViT for 32x32 with dropout on tokens and on attention.
 

@@ -118,6 +118,8 @@ SCRIPTS = {
             "--interval 1",
             "--partition parameter",
             "--preset published-code",
+            "--dataset synthetic-scenes --backbone tests/nets.py:stages --batch-size 4",
+            "--dataset synthetic-ratings",
         ],
     ),
     "mtl_nas": Facts(

@@ -14,14 +14,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, relative_difference
-from nets import dropout, like_timm, mlp, small_vit
-from test_common import write_amazon, write_cifar100, write_cub, write_movielens
+from nets import dropout, like_timm, mlp, small_vit, stages
+from test_common import write_amazon, write_cifar100, write_cub, write_movielens, write_nyuv2
 from test_contract import refuses
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import maoal
-from common import convnet4, load_image_set, resnet18_cifar, vgg16_cifar
+from common import InputError, SceneSplit, convnet4, load_image_set, resnet18_cifar, vgg16_cifar
 from maoal import Batch, SquaredNorm
 
 torch.set_num_threads(1)
@@ -235,12 +235,29 @@ def test_prediction_loss_masks_unlabelled_samples_and_squares_ratings():
 # -------- The lower step --------------------------------------------------------------------------
 
 
+def slow_scene_loss(output, y):
+    """Cross-entropy, |difference| of depths or 1 - cosine of normals, over the known pixels."""
+    if not y.is_floating_point():
+        p = output.exp() / output.exp().sum(1, keepdim=True)
+        terms = [-p[b, y[b, i, j], i, j].log() for b, i, j in (y >= 0).nonzero().tolist()]
+    elif y.dim() == 3:
+        terms = [(output[b, 0, i, j] - y[b, i, j]).abs() for b, i, j in y.nonzero().tolist()]
+    else:
+        terms = []
+        for b, i, j in y.norm(dim=1).nonzero().tolist():
+            n = output[b, :, i, j]
+            terms.append(1 - n @ y[b, :, i, j] / (n @ n).sqrt())
+    return sum(terms) / len(terms)
+
+
 def slow_loss(network, batch, task, theta):
     """One loss with everything in one graph. Shares no function with maoal.py."""
     if isinstance(batch, SquaredNorm):
         return batch.weight * sum((p**2).sum() for p in theta.values())
     buffers = {n: b.clone() for n, b in network.named_buffers()}
     output = functional_call(network, theta | buffers, (batch.x, task))
+    if batch.y.dim() > 1:
+        return batch.weight * slow_scene_loss(output, batch.y)
     n = len(batch.y)
     if batch.y.is_floating_point():
         return sum((output[i] - batch.y[i]) ** 2 for i in range(n)) / n
@@ -479,7 +496,22 @@ def make_of(backbone, classes=(3, 2), **options):
     return lambda: make_problem(backbone, classes, **options)
 
 
+def make_scenes():
+    """Segmentation, depth and normals, with unknown pixels, behind EfficientNet's activation."""
+    torch.manual_seed(0)
+    network = maoal.SceneNetwork(stages(), [3, 1, 3]).double()
+    x = torch.randn(3, 3, 9, 12).double()
+    classes = torch.randint(-1, 3, (3, 9, 12))
+    depth = torch.rand(3, 9, 12).double() * (classes >= 0)
+    normals = F.normalize(torch.randn(3, 3, 9, 12).double(), dim=1) * (classes >= 0)[:, None]
+    batches = [Batch(x, classes), Batch(x, depth, 0.7), Batch(x, normals)]
+    dev = Batch(torch.randn(2, 3, 9, 12).double(), classes[:2])
+    modules = maoal.partition_modules(network)
+    return network, modules, batches, dev, torch.randn(2, len(modules)).double()
+
+
 PROBLEMS = {
+    "scenes": make_scenes,
     "convnet4": make_of(convnet4, images=3),
     "ratings": make_ratings,
     "ratings, parameter": lambda: make_ratings("parameter"),
@@ -896,6 +928,125 @@ def test_batches_of_all_tasks():
         assert torch.equal(image.rot90(turns, (1, 2)), turned)
 
 
+# -------- Scenes ----------------------------------------------------------------------------------
+
+
+def slow_scene_output(network, x, task):
+    """Each stage's map through its convolution, pixel by pixel, added up from coarse to fine."""
+    maps = []
+    for stage in network.trunk:
+        x = stage(x)
+        maps.append(x)
+    y = 0
+    for conv, scores in reversed(list(zip(network.heads[task], maps, strict=True))):
+        scores = torch.einsum("bchw,oc->bohw", scores, conv.weight[:, :, 0, 0])
+        scores = scores + conv.bias[:, None, None]
+        if isinstance(y, torch.Tensor):
+            scores = scores + F.interpolate(y, scores.shape[2:], mode="bilinear")
+        y = scores
+    return F.interpolate(y, (20, 28), mode="bilinear")
+
+
+def test_efficientnet_is_eight_modules_and_light_heads():
+    torch.manual_seed(0)
+    network = maoal.SceneNetwork(torchvision.models.efficientnet_b0(), [13, 1, 3])
+    assert list(maoal.partition_modules(network)) == [str(i) for i in range(8)]
+    assert sum(p.numel() for p in network.heads.parameters()) < 15000
+    widths = [conv.in_channels for conv in network.heads[0]]
+    assert widths == [32, 16, 24, 40, 80, 112, 192, 320]
+    x = torch.randn(2, 3, 20, 28)
+    network.eval()
+    for task, channels in enumerate((13, 1, 3)):
+        output = network(x, task)
+        assert output.shape == (2, channels, 20, 28)
+        assert relative_difference(output, slow_scene_output(network, x, task)) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_0"])
+def test_a_backbone_without_stages_is_refused(name):
+    with pytest.raises(InputError, match="scenes need a backbone with `features` made of stages"):
+        maoal.SceneNetwork(torchvision.models.get_model(name), [13])
+
+
+def test_scene_losses_leave_out_what_is_unknown():
+    torch.manual_seed(0)
+    classes = torch.tensor([[[0, -1], [2, 1]]])
+    logits = torch.randn(1, 3, 2, 2)
+    p = logits.softmax(1)[0]
+    expected = -(p[0, 0, 0].log() + p[2, 1, 0].log() + p[1, 1, 1].log()) / 3
+    assert maoal.prediction_loss(logits, classes) == pytest.approx(float(expected), rel=1e-5)
+
+    depth = torch.tensor([[[2.0, 0.0], [1.0, 4.0]]])
+    output = torch.tensor([[[[1.5, 9.0], [1.0, 6.0]]]])
+    assert maoal.prediction_loss(output, depth) == pytest.approx((0.5 + 0 + 2) / 3)
+
+    normals = torch.zeros(1, 3, 2, 2)
+    normals[0, :, 0, 0] = torch.tensor([1.0, 0, 0])
+    normals[0, :, 1, 1] = torch.tensor([0, 0, 1.0])
+    output = torch.ones(1, 3, 2, 2)
+    output[0, :, 1, 1] = torch.tensor([0, 0, -7.0])
+    expected = (1 - 1 / math.sqrt(3) + 2) / 2
+    assert maoal.prediction_loss(output, normals) == pytest.approx(expected)
+    for y in (torch.zeros(1, 2, 2), torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), -1)):
+        assert maoal.prediction_loss(torch.randn(1, 3, 2, 2), y) == 0
+
+
+def test_mean_iou_and_pixel_accuracy_match_counting():
+    torch.manual_seed(0)
+    segmentation = torch.randint(-1, 3, (5, 4, 6)).to(torch.int8)
+    images = torch.randint(256, (5, 3, 4, 6), dtype=torch.uint8)
+    split = SceneSplit(images, segmentation, torch.ones(5, 4, 6), torch.ones(5, 3, 4, 6))
+    loader = maoal.SceneLoader(split, 2, "cpu", train=False)
+    network = nn.Conv2d(3, 4, 1)  # one class more than there are
+    given = network(images / 255).argmax(1)
+    seen = segmentation >= 0
+    ious = []
+    for c in range(4):
+        hits = (seen & (given == c) & (segmentation == c)).sum()
+        union = (seen & ((given == c) | (segmentation == c))).sum()
+        if union > 0:
+            ious.append(float(hits / union))
+    expected = [sum(ious) / len(ious), float((given == segmentation)[seen].float().mean())]
+    found = maoal.evaluate_scenes(network, loader)
+    assert found.tolist() == pytest.approx([100 * value for value in expected])
+    assert maoal.evaluate(network, loader) == found[0] and network.training
+
+
+TINY_SCENES = ["--backbone", str(ROOT / "tests/nets.py:stages"), "--device", "cpu"]
+TINY_SCENES += ["--max-steps", "3", "--lower-steps", "2", "--dataset"]
+
+
+@pytest.mark.parametrize("method", maoal.METHODS)
+def test_scenes_train_with_every_method(tmp_path, method):
+    flags = ["synthetic-scenes", "--method", method, "--out-dir", str(tmp_path)]
+    summary = maoal.main([*TINY_SCENES, *flags])
+    assert 0 < summary["test_miou"] < 60
+    assert 0 < summary["test_pixel_accuracy_of_best_validation"] < 100
+    if method == "maoal":
+        importance = metrics_of(summary)[-1]["importance"]
+        assert list(importance) == ["depth", "normals"]
+        assert all(list(row) == ["0", "1"] for row in importance.values())
+        assert all(value != 1 for row in importance.values() for value in row.values())
+
+
+def test_scenes_of_nyuv2_train_and_are_each_in_one_part(tmp_path):
+    write_nyuv2(tmp_path, train=11)
+    flags = ["nyuv2", "--data-root", str(tmp_path), "--batch-size", "4"]
+    args = maoal.parse_args([*TINY_SCENES, *flags])
+    args.seed = 0
+    seen = {}
+    for method in ("maoal", "single"):
+        args.method = method
+        data = maoal.load_data(args)
+        parts = [*data.trains, data.val, data.dev]
+        seen[method] = [len(part) for part in parts]
+        depths = torch.cat([part.depth for part in parts])
+        assert len(depths.unique(dim=0)) == 11, "each scene in one part"
+    assert seen == {"maoal": [8, 1, 2], "single": [10, 1, 0]}
+    summary = maoal.main([*TINY_SCENES, *flags, "--out-dir", str(tmp_path / "runs")])
+    assert summary["epochs"] == 1
+
+
 @pytest.fixture(scope="module")
 def movielens(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
@@ -1177,6 +1328,7 @@ def test_d_dev_is_one_batch_or_several(size, batches):
         ("cifar10", ("convnet4", False, 200, 32, "sgd", 0.1, 10)),
         ("oxford-pet", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
         ("folder:here", ("resnet18", False, 100, 64, "adam", 1e-4, 20)),
+        ("nyuv2", ("efficientnet_b0", False, 100, 8, "adam", 1e-4, 20)),
         ("cub200", ("resnet18", True, 100, 64, "adam", 1e-4, 20)),
         ("movielens-1m", (None, None, 15, 256, "adam", 1e-3, 10)),
         ("synthetic-ratings", (None, None, 40, 64, "adam", 3e-3, 10)),
@@ -1208,6 +1360,12 @@ def test_recipes(dataset, expected):
         ("--auxiliary-weight -1", "'-1'"),
         ("--method single --auxiliary-weight 0.5", "not for --method single"),
         ("--dataset synthetic --dev-size 5000", "leaves nothing"),
+        ("--dataset synthetic-scenes --dev-size 360", "leaves nothing of 400 training scenes"),
+        ("--dataset synthetic-scenes --backbone resnet18", "ResNet has none"),
+        ("--dataset nyuv2 --pretrained", "not for --dataset nyuv2"),
+        ("--dataset nyuv2 --head-hidden 8", "not for --dataset nyuv2"),
+        ("--dataset nyuv2 --label-fraction 0.5", "not for --dataset nyuv2"),
+        ("--dataset nyuv2 --data-root nowhere", "nyuv2/{train,val}"),
         ("--dataset synthetic --image-size 64", "fixed at 32"),
     ],
 )

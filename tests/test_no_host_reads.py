@@ -45,7 +45,7 @@ class Uploads(TorchDispatchMode):
 
 
 def without_backbone(arguments: list[str]) -> list[str]:
-    """Scenes take no backbone."""
+    """auxilearn.py's scenes and maoal.py's ratings take no backbone."""
     at = arguments.index("--backbone")
     return arguments[:at] + arguments[at + 2 :]
 
@@ -56,7 +56,7 @@ def epoch_on_meta(name, out_dir, steps, flags, monkeypatch) -> tuple[bool, int]:
     generator = torch.Generator
     flags = [SCRIPTS[name].steps_flag, steps, "--epochs", 1, *flags.split()]
     arguments = tiny(script, out_dir, *flags)
-    if "combine" in arguments:
+    if "combine" in arguments or "synthetic-ratings" in arguments:
         arguments = without_backbone(arguments)
 
     with monkeypatch.context() as patch, Uploads() as uploads:

@@ -3,6 +3,7 @@
     python tests/results.py table runs/*                 mean, deviation and interval over seeds
     python tests/results.py compare runs/wamal-*-wamal-s* --against runs/wamal-*-single-s*
     python tests/results.py plot runs/* -o curves.png
+    python tests/results.py plot runs/maoal-* -o alpha.png --metric importance    MAOAL's Fig. 4
     python tests/results.py record runs/* --group NAME   copy finished runs to tests/results/NAME/
     python tests/results.py readme                       rebuild tests/results/README.md's tables
 
@@ -25,7 +26,7 @@ import re
 import shlex
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -463,6 +464,57 @@ def draw(runs: list[Run], metric: str | None = None):
     return figure
 
 
+def draw_importance(runs: list[Run]):
+    """MAOAL's Fig. 4, a matplotlib figure: the importance of each module over training.
+
+    A panel for each group and auxiliary task, a curve for each module: the mean over the seeds with
+    its 95 % interval.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    flat_runs = []
+    for run in runs:
+        if not all(isinstance(line.get("importance"), dict) for line in run.metrics):
+            raise InputError(f"{run.folder} has no importance: maoal.py --method maoal logs it")
+        flat_runs.append(replace(run, metrics=[flatten_importance(line) for line in run.metrics]))
+
+    panels = []
+    for name, members in group_runs(flat_runs).items():
+        panels += [(name, members, task) for task in members[0].metrics[0]["importance"]]
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    size = (4.0 * columns + 1.5, 3.2 * rows)
+    figure = Figure(figsize=size, dpi=150, layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (name, members, task) in zip(grid, panels, strict=False):
+        modules = members[0].metrics[0]["importance"][task]
+        for color, module in zip(choose_colors(len(modules)), modules, strict=True):
+            x, means, halves = make_curve(members, "epoch", f"{task}: {module}")
+            axes.plot(x, means, color=color, label=module)
+            if halves is not None:
+                low = [mean - half for mean, half in zip(means, halves, strict=True)]
+                high = [mean + half for mean, half in zip(means, halves, strict=True)]
+                axes.fill_between(x, low, high, color=color, alpha=0.1, linewidth=0)
+        axes.set_title(f"{name}: {task}", fontsize="medium")
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="x-small")
+    grid[0].set_ylabel("importance")
+    return figure
+
+
+def flatten_importance(line: dict) -> dict:
+    """An epoch's metrics, to which the importance of each module is added: "task: module"."""
+    flat = dict(line)
+    for task, row in line["importance"].items():
+        flat.update({f"{task}: {module}": value for module, value in row.items()})
+    return flat
+
+
 def make_title(groups: dict[str, list[Run]]) -> str:
     """What all curves have in common: the data set, and how the seeds are drawn."""
     runs = [run for members in groups.values() for run in members]
@@ -730,7 +782,12 @@ def run_command(args) -> int:
     elif args.command == "plot":
         if not args.output.endswith(".png"):
             raise InputError(f"-o {args.output}: the picture's name must end with .png")
-        draw(read_runs(args.runs, finished=False), args.metric).savefig(args.output)
+        runs = read_runs(args.runs, finished=False)
+        if args.metric == "importance":
+            figure = draw_importance(runs)
+        else:
+            figure = draw(runs, args.metric)
+        figure.savefig(args.output)
         print(args.output)
     elif args.command == "record":
         for folder in record(args.runs, args.group, RESULTS):

@@ -268,6 +268,49 @@ def test_many_groups_have_as_many_colours(tmp_path):
     assert len(figure.legends[0].get_texts()) == 12
 
 
+def make_importance(root, seed: int, rows: list[dict], dataset="synthetic"):
+    """A run of MAOAL's with an importance {task: {module: value}} for each epoch."""
+    folder = make_run(root, "maoal", seed, [50.0] * len(rows), dataset=dataset)
+    path = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line | {"importance": row} for line, row in zip(lines, rows, strict=True)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_importance_is_drawn_for_each_task_and_module(tmp_path):
+    pytest.importorskip("matplotlib")
+    for seed, shift in ((0, 0.0), (1, 0.2)):
+        rows = []
+        for epoch in range(3):
+            depth = {"stem": 1 + epoch + shift, "stage1": 1.0}
+            rows.append({"depth": depth, "normals": {"stem": -epoch - shift, "stage1": 0.5}})
+        make_importance(tmp_path / "a", seed, rows)
+    figure = results.draw_importance(read_runs([tmp_path / "a"]))
+    depth, normals = figure.axes
+    assert "depth" in depth.get_title() and "normals" in normals.get_title()
+    curves = {line.get_label(): line for line in normals.get_lines()}
+    assert list(curves) == ["stem", "stage1"]
+    assert curves["stem"].get_xdata().tolist() == [1, 2, 3]
+    assert curves["stem"].get_ydata().tolist() == pytest.approx([-0.1, -1.1, -2.1])
+    assert len(depth.collections) == 2, "the intervals over the seeds"
+
+    make_importance(tmp_path / "b", 0, [{"L2": {"head": 2.0}}], dataset="other")
+    figure = results.draw_importance(read_runs([tmp_path / "a", tmp_path / "b"]))
+    assert len(figure.axes) == 3
+    output = tmp_path / "alpha.png"
+    argv = ["plot", tmp_path / "a", "-o", output, "--metric", "importance"]
+    assert results.main([str(a) for a in argv]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_other_runs_have_no_importance(tmp_path, capsys):
+    run = make_run(tmp_path)
+    argv = ["plot", run, "-o", tmp_path / "a.png", "--metric", "importance"]
+    assert "has no importance" in error_of(capsys, *argv)
+    assert not (tmp_path / "a.png").exists()
+
+
 # -------- record, readme -----------------------------------------------------------------------
 
 

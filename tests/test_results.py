@@ -398,6 +398,19 @@ def test_a_recorded_run_fills_the_row_of_its_command(tmp_path):
     assert results.fill_table(before, read_runs([tmp_path])) == after
 
 
+def test_runs_without_a_flag_in_common_are_not_said_to_have_one(tmp_path):
+    make_run(tmp_path, r=5, flags=["r"])
+    assert results.recorded_table(read_runs([tmp_path])).startswith(
+        "All with\n`--method wamal --r 5`;"
+    )
+    make_run(tmp_path, method="single")
+    for path in tmp_path.rglob("config.json"):
+        config = json.loads(path.read_text())
+        config["command"] = config["command"].replace("--method wamal", "")
+        path.write_text(json.dumps(config))
+    assert results.recorded_table(read_runs([tmp_path])).startswith("the last epoch's metric")
+
+
 def test_recorded_files_name_no_machine_and_no_folder_of_one():
     for path in RESULTS.rglob("*.json*"):
         assert not re.search(r'["= :]/\w', path.read_text()), path

@@ -801,6 +801,19 @@ def test_the_claim_harmful_losses_end_below_helpful_ones():
     assert (raw[:, 1] < 0).any(), "raw importances go negative"
 
 
+def importance_of_l2(dataset: str, out_dir, *flags) -> float:
+    """The mean importance of the L2 loss after five epochs."""
+    flags = ["--dataset", dataset, "--epochs", "5", "--seed", "11", *flags]
+    summary = maoal.main([*flags, "--device", "cpu", "--out-dir", str(out_dir)])
+    return metrics_of(summary)[-1]["mean_importance"]
+
+
+def test_the_claim_l2_loses_importance_where_it_hurts_and_gains_it_where_it_helps(tmp_path):
+    """80 users with 100 ratings each, and 2000 with 4 each; the importance starts at 1."""
+    assert importance_of_l2("synthetic-ratings", tmp_path) < 0.6
+    assert importance_of_l2("synthetic-ratings-few", tmp_path) > 1.2
+
+
 # -------- Data ------------------------------------------------------------------------------------
 
 

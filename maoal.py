@@ -9,7 +9,6 @@ the primary loss of a small development set D_dev, through the implicit gradient
     (6)     theta <- theta - eta_1 G, T times                                           lower_step
     (9)     v_0 = grad L_0(dev),  v_t+1 = v_t - eta_1 J^T v_t,  p = v_0 + ... + v_M  look_back_sum
             J^T v = H_0 v + sum_i H_i A_i v,  (A_i v)_j = alpha_ij v_j,  H_i the Hessian of L_i
-            (J = dG/dtheta is not symmetric, as G is no function's gradient; M = 3)
     (7)     d L_0(dev) / d alpha_ij = -eta_1 <p_j, grad_j L_i>                 importance_gradient
     Alg. 1  alpha <- alpha - eta_2 times that                                      importance_step
 
@@ -33,8 +32,7 @@ published-code takes the formulas of [C], too. Departures:
   ([P]). Images are rotated once, at random.
 - [C] picks the epoch of people on test; here test_accuracy_of_best_validation ([P]).
 - All methods see the same labels: D_dev's, and of the rest those that --label-fraction leaves.
-- Ratings have a --preset of their own, the default: with the settings of [P] and [C] alpha rises on
-  MovieLens, where the auxiliary loss harms.
+- Ratings have a --preset of their own: with those of [P] and [C] alpha rises where the loss harms.
 - Scenes: the light heads are ours, [P] names none. HPO-tune is a grid of --auxiliary-weight.
 """
 

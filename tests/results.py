@@ -651,9 +651,11 @@ def recorded_table(runs: list[Run]) -> str:
     groups = list(group_runs(runs).values())
     commands = [own_flags(members[0].flags) for members in groups]
     common = [flag for flag in commands[0] if all(flag in command for command in commands)]
-    lines = ["All with", f"`{' '.join(common)}`;"] if common else []
+    lines = []
+    if common:
+        lines += ["All with", f"`{' '.join(common)}`.", ""]
     lines += [
-        "the last epoch's metric, mean and half the 95 % t interval over the seeds:",
+        "The last epoch's metric, mean and half the 95 % t interval over the seeds:",
         "",
         "| command | result | each seed | seeds | device | minutes a run |",
         "|---|---|---|---|---|---|",

@@ -408,7 +408,7 @@ def test_runs_without_a_flag_in_common_are_not_said_to_have_one(tmp_path):
         config = json.loads(path.read_text())
         config["command"] = config["command"].replace("--method wamal", "")
         path.write_text(json.dumps(config))
-    assert results.recorded_table(read_runs([tmp_path])).startswith("the last epoch's metric")
+    assert results.recorded_table(read_runs([tmp_path])).startswith("The last epoch's metric")
 
 
 def test_recorded_files_name_no_machine_and_no_folder_of_one():

@@ -401,7 +401,7 @@ def test_a_recorded_run_fills_the_row_of_its_command(tmp_path):
 def test_runs_without_a_flag_in_common_are_not_said_to_have_one(tmp_path):
     make_run(tmp_path, r=5, flags=["r"])
     assert results.recorded_table(read_runs([tmp_path])).startswith(
-        "All with\n`--method wamal --r 5`;"
+        "All with\n`--method wamal --r 5`."
     )
     make_run(tmp_path, method="single")
     for path in tmp_path.rglob("config.json"):

@@ -1428,9 +1428,11 @@ def read_png(path: Path, kind: str, size: tuple[int, int] | None) -> torch.Tenso
             return pixels
         if kind == "normal":
             return decode_normals(pixels)
-        has_8_bits = pixels.dtype == torch.uint8
-        if len(pixels) > 1 or not has_8_bits or ((pixels >= 40) & (pixels < 255)).any():
-            raise ValueError("it is not one channel of the classes 0 to 39 and 255 for none")
+        wanted = "one channel of 8 bits, the classes 0 to 39 and 255 for none"
+        if len(pixels) > 1 or pixels.dtype != torch.uint8:
+            raise ValueError(f"it is not {wanted}")
+        if ((pixels >= 40) & (pixels < 255)).any():
+            raise ValueError(f"it is not {wanted}")
         return pixels[0].to(torch.int8)  # which makes -1 of 255
 
 
@@ -1593,7 +1595,8 @@ def crop_places(
     """
     scaled = (side * scale).round()[:, None]  # (B, 1)
     slack = scaled - crop
-    offset = slack.sign() * (u[:, None] * (slack.abs() + 1)).floor()
+    steps = u[:, None] * (slack.abs() + 1)
+    offset = slack.sign() * steps.floor()
     at = torch.arange(crop, device=u.device) + offset  # (B, S)
     inside = (at >= 0) & (at < scaled)
     return (at + 0.5) / scaled, inside
@@ -1606,7 +1609,8 @@ def jitter(x: torch.Tensor, saturation: torch.Tensor, hue: torch.Tensor) -> torc
     """
     grey = 0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
     grey = grey[:, None]
-    x = (grey + saturation[:, None, None, None] * (x - grey)).clamp(0, 1)
+    colour = saturation[:, None, None, None] * (x - grey)
+    x = (grey + colour).clamp(0, 1)
 
     # HSV's value, chroma and hue (in sixths of a turn), each (B, H, W)
     value, which = x.max(dim=1)

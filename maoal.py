@@ -32,7 +32,7 @@ published-code takes the formulas of [C], too. Departures:
   ([P]). Images are rotated once, at random.
 - [C] picks the epoch of people on test; here test_accuracy_of_best_validation ([P]).
 - All methods see the same labels: D_dev's, and of the rest those that --label-fraction leaves.
-- Ratings have a --preset of their own: with those of [P] and [C] alpha rises where the loss harms.
+- Ratings have a --preset of their own: with the others, alpha need not fall where L2 harms.
 - Scenes: the light heads are ours, [P] names none. HPO-tune is a grid of --auxiliary-weight.
 """
 
@@ -119,6 +119,9 @@ class PrimaryNetwork(nn.Module):
         return self.heads[task](self.trunk(x))
 
 
+NEEDS_STAGES = "scenes need a backbone whose `features` are stages with convolutions"
+
+
 class SceneNetwork(nn.Module):
     """theta for scenes: the stages of a backbone that all tasks share, and a light head for each.
 
@@ -132,15 +135,16 @@ class SceneNetwork(nn.Module):
 
     def __init__(self, backbone: nn.Module, num_outputs: list[int]):
         super().__init__()
-        stages = getattr(backbone, "features", nn.Sequential())
+        stages = getattr(backbone, "features", None)
+        if not isinstance(stages, nn.Sequential) or len(stages) < 2:
+            raise InputError(f"{NEEDS_STAGES}; {type(backbone).__name__} has none")
         self.trunk = deepcopy(stages[:-1])
         widths = []
         for stage in self.trunk:
-            widths += [m.out_channels for m in stage.modules() if isinstance(m, nn.Conv2d)][-1:]
-        if not widths or len(widths) < len(self.trunk):
-            kind = type(backbone).__name__
-            wanted = "`features` made of stages, as EfficientNet's"
-            raise InputError(f"scenes need a backbone with {wanted}; {kind} has none")
+            convolutions = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+            if not convolutions:
+                raise InputError(f"{NEEDS_STAGES}; {type(stage).__name__} is none")
+            widths.append(convolutions[-1].out_channels)
         self.heads = nn.ModuleList()
         for n in num_outputs:
             self.heads.append(nn.ModuleList(nn.Conv2d(width, n, 1) for width in widths))
@@ -858,7 +862,6 @@ def train(args) -> dict:
         metrics[f"val_{metric}"] = float(performance)
         metrics[f"test_{metric}"] = float(evaluate(network, test_loader))
         if args.method == "maoal":
-            metrics["mean_importance"] = float(learned.weight.detach().mean())
             metrics["importance"] = importance_by_name(learned, data.tasks, modules)
         check_finite(metrics, "loss", "auxiliary_loss", "weight_norm", "upper_gradient_norm_sum")
 
@@ -947,8 +950,7 @@ def load_data(args) -> RunData:
     dev_size = args.dev_size or max(2, round(0.05 * len(train)))
     train, val = hold_out(train, 0.1, generator)
     if dev_size >= len(train):
-        said = f"a D_dev of {dev_size} leaves nothing of {len(train)} training images"
-        raise InputError(said)
+        raise InputError(f"a D_dev of {dev_size} leaves nothing of {len(train)} training images")
     train, dev = hold_out(train, dev_size / len(train), generator)
     hide_labels(train, args.label_fraction, generator)
     if args.method not in BILEVEL:  # they train on D_dev, too, so that all see the same labels
@@ -991,12 +993,13 @@ def load_scenes(args, generator) -> RunData:
         raise InputError(f"a D_dev of {dev_size} leaves nothing of {n} training scenes")
     order = torch.randperm(n, generator=generator)
     val, dev, train = order.tensor_split([val_size, val_size + dev_size])
-    if args.method not in BILEVEL:
+    dev_split = scene_set.train.take(dev)
+    if args.method not in BILEVEL:  # they train on D_dev, too
         train = torch.cat([train, dev])
-        dev = dev[:0]
+        dev_split = None
     return RunData(
         trains=[scene_set.train.take(train)],
-        dev=scene_set.train.take(dev),
+        dev=dev_split,
         val=scene_set.train.take(val),
         test=scene_set.test,
         tasks=["depth", "normals"],
@@ -1068,26 +1071,26 @@ def endless_batches(args, loaders, auxiliary):
     streams = [forever(loader) for loader in loaders]
     while True:
         x, y, index = next(streams[0])
-        of_scene = []
+        others = []
         if args.dataset in SCENE_SETS:
-            y, *of_scene = y  # the segmentation; depth and normals
+            y, *others = y  # the segmentation; depth and normals
         batches = [Batch(x, y)]
         if args.dataset == PEOPLE:  # each task has images of its own
             for stream in streams[1:]:
                 x_own, y_own, _ = next(stream)
                 batches.append(Batch(x_own, y_own, args.auxiliary_weight))
-        elif args.method != "single" and of_scene:
-            batches += [Batch(x, field, args.auxiliary_weight) for field in of_scene]
         elif args.method != "single":
-            batches += auxiliary_batches(args, x, index, auxiliary)
+            batches += auxiliary_batches(args, x, index, auxiliary, others)
         yield batches
 
 
-def auxiliary_batches(args, x, index, auxiliary) -> list:
+def auxiliary_batches(args, x, index, auxiliary, of_scenes: list) -> list:
     """The auxiliary tasks' batches from the primary one's samples x, whose numbers are `index`."""
     weight = args.auxiliary_weight
     if args.dataset in RATING_SETS:
         return [SquaredNorm(weight)]
+    if args.dataset in SCENE_SETS:
+        return [Batch(x, y, weight) for y in of_scenes]
     if auxiliary is not None:
         return [Batch(x, labels, weight) for labels in auxiliary[index].unbind(dim=1)]
     turned, turns = rotate_randomly(x)
@@ -1151,26 +1154,25 @@ def metric_of(args) -> str:
 
 @torch.no_grad()
 def evaluate(network, loader):
-    """Accuracy in percent, of ratings the root mean squared error, in eval mode: a scalar.
-
-    Of scenes, the mean IoU.
-    """
+    """A scalar, in eval mode: accuracy in percent; of ratings the RMSE, of scenes the mean IoU."""
     if isinstance(loader, SceneLoader):
         return evaluate_scenes(network, loader)[0]
     network.eval()
-    total = 0
+    total = 0  # of squared errors, or of hits
     n = 0
     for x, y, _ in loader:
         output = network(x)
-        if y.is_floating_point():
+        is_rating = y.is_floating_point()
+        if is_rating:
             total = total + (output - y).square().sum()
         else:
-            total = total + 100 * (output.argmax(dim=1) == y).sum()
+            hits = output.argmax(dim=1) == y
+            total = total + hits.sum()
         n += len(y)
     network.train()
-    if y.is_floating_point():
+    if is_rating:
         return (total / n).sqrt()
-    return total / n
+    return 100 * total / n
 
 
 @torch.no_grad()
@@ -1407,24 +1409,36 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="block",
         help="what a module is (Table 4)",
     )
-    add("--lower-steps", type=count, help="T (default: 10; files and ratings 20, synthetic 5)")
+    add("--lower-steps", type=count, help="T (10; files, scenes, papers' ratings 20, synthetic 5)")
     add("--look-back", type=number(int, 0), help="M, terms of p after the first (3; own: 5)")
     add("--interval", type=whole, default=0, help="validate after every so many loops, too")
-    add("--relu-importance", action=switch, help="negative alpha counts as 0 (published code: yes)")
+    add("--relu-importance", action=switch, help="negative alpha counts as 0 (code and own: yes)")
     add("--mean-auxiliary", action=switch, help="auxiliary losses over K (published code: yes)")
-    add("--hypergrad-lr", type=rate, help="eta_1 in (7, 9) (default: --lr; code: 1; auxl: 1e-4)")
-    add("--clip", type=factor, help="norm of the upper gradient; 0: any (code and auxl: 10)")
+    add("--hypergrad-lr", type=rate, help="eta_1 in (7, 9) (--lr; code 1, own 0.01, auxl 1e-4)")
+    add(
+        "--clip",
+        type=factor,
+        help="of the upper gradient's norm; 0: none (code, auxl 10, own 1e-4)",
+    )
 
     add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=count, help="default: 200; files 100, ratings 15, synthetic 4")
+    add("--epochs", type=count, help="default: 200; files 100, ratings 15 or 40, synthetic 4")
     add("--max-steps", type=count, help="lower steps an epoch, at most; --epochs is then 1")
-    add("--batch-size", type=two, help="a task (default: 32; files 64, ratings 256, synthetic 50)")
-    add("--optimizer", choices=["sgd", "adam", "adamw"], help="of theta (files, ratings: adam)")
-    add("--lr", type=rate, help="of theta, eta_1 (default: 0.1; files 1e-4, ratings 1e-3)")
+    add(
+        "--batch-size",
+        type=two,
+        help="a task (32; files 64, scenes 8, ratings 256 or 64, synthetic 50)",
+    )
+    add(
+        "--optimizer",
+        choices=["sgd", "adam", "adamw"],
+        help="of theta (sgd; files, scenes, ratings: adam)",
+    )
+    add("--lr", type=rate, help="of theta, eta_1 (0.1; files 1e-4, ratings 1e-3 or 3e-3)")
     add("--momentum", type=share, help="of theta's SGD (default: 0.9)")
     add("--weight-decay", type=factor, help="of theta (default: 5e-4; ratings 0)")
     add("--upper-optimizer", choices=["sgd", "momentum", "adam"], help="of alpha (default: adam)")
-    add("--upper-lr", type=rate, help="of alpha, eta_2 (default: 0.01; auxl: 0.001)")
+    add("--upper-lr", type=rate, help="of alpha, eta_2 (0.01; auxl 0.001, own 0.05)")
     add("--upper-weight-decay", type=factor, help="of alpha (code, auxl: 5e-4)")
 
     add = p.add_argument_group("run").add_argument

@@ -129,9 +129,10 @@ def build_trunk(width: int, depth) -> tuple[nn.Sequential, list[int]]:
         dilation = 2 if block == 4 else 1
         for _ in range(stages):
             layers.append(conv_bn(inputs, outputs, dilation=dilation))
+            channels.append(outputs)
             inputs = outputs
         layers.append(build_pool(block))
-        channels += [outputs] * (stages + 1)
+        channels.append(outputs)
     return nn.Sequential(*layers), channels
 
 

@@ -463,7 +463,8 @@ def mix_layers(s, layers, y, dropout: float = 0.0):
         mixed = torch.einsum("tl,tblf->tbf", s[:, :count, k], flat)
         mixed = mixed.unflatten(2, outputs.shape[3:])
         if count < num_layers:
-            of_identity = s[:, count, k].view(-1, *[1] * (y.dim() - 1))  # (T, 1, ...)
+            ones = [1] * (y.dim() - 1)
+            of_identity = s[:, count, k].view(num_tasks, *ones)
             mixed = mixed + of_identity * y
         y = mixed
     return y

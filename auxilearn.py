@@ -57,6 +57,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from common import (
@@ -402,10 +403,10 @@ def vector_jacobian(vectors, gradients, inputs, last: bool = False):
     )
 
 
-def lower_step(primary, optimizer, x, y, combiner, losses, labels=None):
+def lower_step(primary, optimizer, x, y, labels=None, *, combiner, losses):
     """An optimiser step on W, (1), with phi fixed.
 
-    losses: image_losses, scene_losses or scene_loss_maps.  labels: the auxiliary ones, of images.
+    labels: the auxiliary ones, of images.  losses: image_losses, scene_losses or scene_loss_maps.
     Returns L_T, a scalar, and the batch's mean losses, (K,) or (K, H, W), both without gradient.
     """
     values = losses(primary(x), y, labels)  # (B, K) or (B, K, H, W)
@@ -429,7 +430,7 @@ def set_gradient(p, gradient) -> None:
     p.grad = gradient
 
 
-def gcs_step(primary, optimizer, x, y, combiner, losses, labels=None):
+def gcs_step(primary, optimizer, x, y, labels=None, *, combiner, losses):
     """The step of gradient cosine similarity. Arguments and result are those of lower_step.
 
     On the trunk, an auxiliary gradient joins the main one, whole, if their cosine is positive; the
@@ -540,7 +541,7 @@ def full_precision(*networks):
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.cuda_graph)
     torch.manual_seed(args.seed)
 
     data, train_split, aux_split = load_data(args)
@@ -620,6 +621,22 @@ def train(args) -> dict:
             lower_batches = forever(lower_loader)
             upper_batches = forever(upper_loader)
 
+        # This epoch's steps, at its learning rate
+        bind = Graph if args.cuda_graph else partial
+        step_on_w = bind(take_step, primary, optimizer, combiner=combiner, losses=losses)
+        if label_network is not None:
+            make_labels = bind(label_network)
+        if args.method == "auxilearn":
+            step_on_phi = bind(
+                upper_step,
+                primary,
+                combiner,
+                label_network,
+                upper_optimizer,
+                losses=losses,
+                **upper_options,
+            )
+
         for step, (x, y, index) in enumerate(islice(loader, steps)):
             # A step on W with phi fixed, (1)
             labels = None
@@ -627,8 +644,8 @@ def train(args) -> dict:
                 labels = human_labels[index]
             if label_network is not None:
                 with torch.no_grad():
-                    labels = label_network(x, y)
-            loss, batch_losses = take_step(primary, optimizer, x, y, combiner, losses, labels)
+                    labels = make_labels(x, y)
+            loss, batch_losses = step_on_w(x, y, labels)
             loss_sum += loss
             mean_losses = mean_losses + batch_losses
 
@@ -638,18 +655,7 @@ def train(args) -> dict:
                 x_lower, y_lower, _ = next(lower_batches)
                 x_upper, y_upper, _ = next(upper_batches)
                 with full_precision(primary, label_network):
-                    norm_sum += upper_step(
-                        primary,
-                        combiner,
-                        label_network,
-                        upper_optimizer,
-                        x_lower,
-                        y_lower,
-                        x_upper,
-                        y_upper,
-                        losses,
-                        **upper_options,
-                    )
+                    norm_sum += step_on_phi(x_lower, y_lower, x_upper, y_upper)
                 upper_steps += 1
             progress.update()
 
@@ -815,9 +821,9 @@ def build_optimizer(args, primary, combiner):
         parameters += combiner.parameters()
     options = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
     if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, **options)
+        return torch.optim.Adam(parameters, **options, capturable=args.cuda_graph)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        return torch.optim.AdamW(parameters, **options, capturable=args.cuda_graph)
     return torch.optim.SGD(parameters, momentum=args.momentum, **options)
 
 
@@ -1107,6 +1113,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")
+    add("--cuda-graph", action="store_true", help="each step is one launch: faster on CUDA")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     add("--out-dir", default="runs", help="the run goes to OUT_DIR/auxilearn-DATASET-METHOD-sSEED")
     add("--resume", action="store_true", help="go on after the run's last finished epoch")
@@ -1202,7 +1209,7 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto (CUDA if there is one), cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search are on."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
@@ -1210,13 +1217,56 @@ def choose_device(name: str) -> torch.device:
     known = ["cpu", "cuda", *found] if found else ["cpu"]
     if name not in known:
         raise InputError(f"no device {name!r} here; there are {', '.join(known)}")
+    if name == "cpu" and cuda_graph:
+        raise InputError("--cuda-graph needs a CUDA device")
     if name != "cpu":
+        torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(name)
         print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
     return torch.device(name)
+
+
+class Graph:
+    """A step as one CUDA graph: one launch, where it had hundreds that a fast GPU waits for.
+
+    Made like functools.partial, and called with tensors (in lists and tuples, beside None) whose
+    shapes stay the same. The first call runs as it is: optimisers make their state, cuDNN chooses
+    its kernels. The second is captured, with every number as it is then; where one changes, as a
+    learning rate does, a new Graph is made. A step must not draw random numbers.
+    """
+
+    def __init__(self, function, *arguments, **options):
+        self.step = partial(function, *arguments, **options)
+        self.calls = 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == 1:
+            return self.run_as_it_is(inputs)
+        if self.calls == 2:
+            self.capture(inputs)
+        for place, new in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
+            if isinstance(new, torch.Tensor):
+                place.copy_(new)
+        self.graph.replay()
+        return tree_map_only(torch.Tensor, torch.clone, self.outputs)  # the next call overwrites
+
+    def run_as_it_is(self, inputs):
+        random_state = torch.cuda.get_rng_state()
+        outputs = self.step(*inputs)
+        if not torch.equal(torch.cuda.get_rng_state(), random_state):
+            raise InputError("--cuda-graph is for networks without dropout or stochastic depth")
+        return outputs
+
+    def capture(self, inputs):
+        self.inputs = tree_map_only(torch.Tensor, torch.clone, inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        # a loader's threads may use the GPU meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = self.step(*self.inputs)
 
 
 def run_folder(args) -> Path:

@@ -50,6 +50,7 @@ import time
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ import torch.nn.functional as F
 import torchvision
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from common import (
@@ -376,11 +378,20 @@ def task_loss_at(network, batch, task: int, theta: dict):
     if isinstance(batch, SquaredNorm):
         return batch.weight * squared_norm(theta)
     buffers = {name: b.clone() for name, b in network.named_buffers()}
-    devices = [batch.x.device] if batch.x.is_cuda else []
     # fused attention has no second derivative
-    with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(devices):
+    with sdpa_kernel(SDPBackend.MATH), random_state_kept(batch.x):
         output = functional_call(network, theta | buffers, (batch.x, task))
         return batch.weight * prediction_loss(output, batch.y)
+
+
+@contextmanager
+def random_state_kept(x):
+    """What is drawn on x's device is drawn again later."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a Graph draws nothing
+        yield
+        return
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        yield
 
 
 # -------- The two steps ---------------------------------------------------------------------------
@@ -755,7 +766,7 @@ def combination_gradient(
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.cuda_graph)
     torch.manual_seed(args.seed)
 
     data = load_data(args)
@@ -779,7 +790,9 @@ def train(args) -> dict:
     trained = list(network.parameters())
     if args.method == "uncertainty":
         trained += learned.parameters()
-    optimizer = build_optimizer(args.optimizer, trained, args.lr, args.weight_decay, args.momentum)
+    optimizer = build_optimizer(
+        args, args.optimizer, trained, args.lr, args.weight_decay, args.momentum
+    )
     scheduler = build_scheduler(args, optimizer)
     best = deepcopy(network)  # to be the one that validation chooses
     best.register_buffer("record", torch.tensor([-math.inf, 0.0], device=device))
@@ -796,7 +809,7 @@ def train(args) -> dict:
     if args.method in BILEVEL:
         dev_loader = build_dev_loader(args, data, device)
         upper_optimizer = build_optimizer(
-            args.upper_optimizer, learned.parameters(), args.upper_lr, args.upper_weight_decay
+            args, args.upper_optimizer, learned.parameters(), args.upper_lr, args.upper_weight_decay
         )
         state["dev_loader"] = dev_loader
         state["upper_optimizer"] = upper_optimizer
@@ -818,13 +831,17 @@ def train(args) -> dict:
         auxiliary_sum = torch.zeros((), device=device)
         norm_sum = torch.zeros((), device=device)
         batches = endless_batches(args, loaders, auxiliary)
+
+        # This epoch's steps, at its learning rate
+        bind = Graph if args.cuda_graph else partial
+        step_on_theta = bind(theta_step, args, network, optimizer, modules, learned)
         if args.method in BILEVEL:
             dev_batches = forever(dev_loader)
+            step_on_learned = bind(upper_step, args, network, learned, upper_optimizer, modules, lr)
 
         for step in range(steps):
             # A step on theta (Alg. 1, line 6)
-            losses, field = update_field(args, network, next(batches), modules, learned)
-            lower_step(network, optimizer, field)
+            losses = step_on_theta(next(batches))
             loss_sum += losses[0]
             auxiliary_sum += losses[1:].sum()
             progress.update()
@@ -841,9 +858,7 @@ def train(args) -> dict:
                 if args.dataset in SCENE_SETS:
                     y = y[0]  # the segmentation
                 dev = Batch(x, y)
-                norm_sum += upper_step(
-                    args, network, learned, upper_optimizer, upper, dev, modules, lr
-                )
+                norm_sum += step_on_learned(upper, dev)
 
         # The epoch's figures: its only reads from the device
         progress.close()
@@ -878,6 +893,13 @@ def train(args) -> dict:
     return summary
 
 
+def theta_step(args, network, optimizer, modules, learned, batches):
+    """A step on theta under the run's method; returns the losses (K + 1,)."""
+    losses, field = update_field(args, network, batches, modules, learned)
+    lower_step(network, optimizer, field)
+    return losses
+
+
 def update_field(args, network, batches, modules, learned):
     """What theta follows under the run's method: the losses (K + 1,) and the field by name.
 
@@ -899,7 +921,7 @@ def update_field(args, network, batches, modules, learned):
     return module_weighted_gradients(network, batches, modules, a)
 
 
-def upper_step(args, network, learned, upper_optimizer, batches, dev_batch, modules, lr: float):
+def upper_step(args, network, learned, upper_optimizer, modules, lr: float, batches, dev_batch):
     """The upper step of the run's method; returns the norm of its gradient."""
     take_step = importance_step
     if args.method == "auxl":
@@ -1122,15 +1144,18 @@ def build_learned(args, num_auxiliary: int, num_modules: int):
     return None
 
 
-def build_optimizer(kind: str, parameters, lr: float, weight_decay: float, momentum: float = 0.0):
+def build_optimizer(
+    args, kind: str, parameters, lr: float, weight_decay: float, momentum: float = 0.0
+):
     """An optimiser by its name on the command line."""
+    options = {"lr": lr, "weight_decay": weight_decay}
     if kind == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.Adam(parameters, **options, fused=True, capturable=args.cuda_graph)
     if kind == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, **options, fused=True, capturable=args.cuda_graph)
     if kind == "momentum":
         momentum = 0.9
-    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+    return torch.optim.SGD(parameters, **options, momentum=momentum)
 
 
 def build_scheduler(args, optimizer):
@@ -1443,6 +1468,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")
+    add("--cuda-graph", action="store_true", help="each step is one launch: faster on CUDA")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     add("--out-dir", default="runs", help="the run goes to OUT_DIR/maoal-DATASET-METHOD-sSEED")
     add("--resume", action="store_true", help="go on after the run's last finished epoch")
@@ -1534,7 +1560,7 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto (CUDA if there is one), cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search are on."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
@@ -1542,13 +1568,56 @@ def choose_device(name: str) -> torch.device:
     known = ["cpu", "cuda", *found] if found else ["cpu"]
     if name not in known:
         raise InputError(f"no device {name!r} here; there are {', '.join(known)}")
+    if name == "cpu" and cuda_graph:
+        raise InputError("--cuda-graph needs a CUDA device")
     if name != "cpu":
+        torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(name)
         print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
     return torch.device(name)
+
+
+class Graph:
+    """A step as one CUDA graph: one launch, where it had hundreds that a fast GPU waits for.
+
+    Made like functools.partial, and called with tensors (in lists and tuples, beside None) whose
+    shapes stay the same. The first call runs as it is: optimisers make their state, cuDNN chooses
+    its kernels. The second is captured, with every number as it is then; where one changes, as a
+    learning rate does, a new Graph is made. A step must not draw random numbers.
+    """
+
+    def __init__(self, function, *arguments, **options):
+        self.step = partial(function, *arguments, **options)
+        self.calls = 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == 1:
+            return self.run_as_it_is(inputs)
+        if self.calls == 2:
+            self.capture(inputs)
+        for place, new in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
+            if isinstance(new, torch.Tensor):
+                place.copy_(new)
+        self.graph.replay()
+        return tree_map_only(torch.Tensor, torch.clone, self.outputs)  # the next call overwrites
+
+    def run_as_it_is(self, inputs):
+        random_state = torch.cuda.get_rng_state()
+        outputs = self.step(*inputs)
+        if not torch.equal(torch.cuda.get_rng_state(), random_state):
+            raise InputError("--cuda-graph is for networks without dropout or stochastic depth")
+        return outputs
+
+    def capture(self, inputs):
+        self.inputs = tree_map_only(torch.Tensor, torch.clone, inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        # a loader's threads may use the GPU meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = self.step(*self.inputs)
 
 
 def run_folder(args) -> Path:

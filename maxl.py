@@ -44,8 +44,9 @@ import sys
 import textwrap
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -56,6 +57,7 @@ import torchvision
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from common import (
@@ -354,9 +356,7 @@ def auxiliary_costs(primary, theta: dict, x, state, gamma: float):
     """What each auxiliary class costs, (B, K), where theta (by name) replaces f's parameters."""
     buffers, random_state = state
     buffers = {name: b.clone() for name, b in buffers.items()}
-    device = [x.device] if x.is_cuda else []
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng(device):
-        default_generator(x).set_state(random_state)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), masks_of(random_state, x):
         _, auxiliary_logits = functional_call(primary, theta | buffers, (x,))
         return focal_costs(auxiliary_logits, gamma)
 
@@ -364,7 +364,20 @@ def auxiliary_costs(primary, theta: dict, x, state, gamma: float):
 def pass_state(network, x):
     """What decides a pass beside parameters and x: the buffers, and where dropout's masks start."""
     buffers = {name: b.clone() for name, b in network.named_buffers()}
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a Graph, so there is no dropout
+        return buffers, None
     return buffers, default_generator(x).get_state()
+
+
+@contextmanager
+def masks_of(random_state, x):
+    """Dropout draws the masks that follow random_state; what is drawn later is as without this."""
+    if random_state is None:
+        yield
+        return
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        default_generator(x).set_state(random_state)
+        yield
 
 
 def default_generator(x) -> torch.Generator:
@@ -379,7 +392,7 @@ def default_generator(x) -> torch.Generator:
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.cuda_graph)
     torch.manual_seed(args.seed)
 
     image_set, train_split, held_out = load_data(args)
@@ -439,7 +452,6 @@ def train(args) -> dict:
     for epoch in range(len(history), args.epochs):
         began = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"]
-        label_options["primary_lr"] = lr
         has_second_phase = label_network is not None and not args.same_iteration
         phases = 2 if has_second_phase else 1
         progress = tqdm(total=phases * steps, desc=f"epoch {epoch + 1}", leave=False, disable=None)
@@ -453,6 +465,20 @@ def train(args) -> dict:
         if held_out is not None:
             upper_batches = forever(held_out_loader)
 
+        # This epoch's steps, at its learning rate
+        bind = Graph if args.cuda_graph else partial
+        step_on_theta = bind(primary_step, primary, optimizer, gamma=gamma)
+        if label_network is not None:
+            make_labels = bind(label_network)
+            step_on_phi = bind(
+                label_step,
+                primary,
+                label_network,
+                label_optimizer,
+                primary_lr=lr,
+                **label_options,
+            )
+
         # Phase 1: an epoch on theta with phi fixed, (1)
         # index: (B,), the images' places in train_split
         for batch, (x, y, index) in enumerate(islice(loader, steps)):
@@ -461,28 +487,22 @@ def train(args) -> dict:
                 labels = fixed_labels[index]
             if label_network is not None:
                 with torch.no_grad():
-                    labels = label_network(x, y)
+                    labels = make_labels(x, y)
                 label_sum += labels.sum(dim=0)
                 used.scatter_(0, labels.argmax(dim=1), 1.0)
             if batch < args.cosine_batches:
                 cosines.append(gradient_cosine(primary, x, y, labels, gamma))
-            loss, logits = primary_step(primary, optimizer, x, y, labels, gamma)
+            loss, logits = step_on_theta(x, y, labels)
             loss_sum += loss
             correct += (logits.argmax(dim=1) == y).sum()
             if args.same_iteration:
-                upper = next_upper(upper_batches, x, y)
-                norm_sum += label_step(
-                    primary, label_network, label_optimizer, x, y, upper, **label_options
-                )
+                norm_sum += step_on_phi(x, y, next_upper(upper_batches, x, y))
             progress.update()
 
         # Phase 2: an epoch on phi with theta fixed, (2) and (3); f's statistics move on
         if has_second_phase:
             for x, y, _ in islice(loader, steps):
-                upper = next_upper(upper_batches, x, y)
-                norm_sum += label_step(
-                    primary, label_network, label_optimizer, x, y, upper, **label_options
-                )
+                norm_sum += step_on_phi(x, y, next_upper(upper_batches, x, y))
                 progress.update()
         if args.refresh_statistics:
             refresh_statistics(primary, islice(loader, steps))
@@ -599,11 +619,12 @@ def build_networks(args, image_set, psi: list[int], device):
 def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
     """The optimiser of one of the networks."""
     parameters = network.parameters()
+    options = {"lr": lr, "weight_decay": weight_decay}
     if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, **options, capturable=args.cuda_graph)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, **options, capturable=args.cuda_graph)
+    return torch.optim.SGD(parameters, **options, momentum=momentum)
 
 
 def build_scheduler(args, optimizer):
@@ -804,6 +825,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")
+    add("--cuda-graph", action="store_true", help="each step is one launch: faster on CUDA")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     add("--out-dir", default="runs", help="the run goes to OUT_DIR/maxl-DATASET-METHOD-sSEED")
     add("--resume", action="store_true", help="go on after the run's last finished epoch")
@@ -885,7 +907,7 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto (CUDA if there is one), cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search are on."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
@@ -893,13 +915,56 @@ def choose_device(name: str) -> torch.device:
     known = ["cpu", "cuda", *found] if found else ["cpu"]
     if name not in known:
         raise InputError(f"no device {name!r} here; there are {', '.join(known)}")
+    if name == "cpu" and cuda_graph:
+        raise InputError("--cuda-graph needs a CUDA device")
     if name != "cpu":
+        torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(name)
         print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
     return torch.device(name)
+
+
+class Graph:
+    """A step as one CUDA graph: one launch, where it had hundreds that a fast GPU waits for.
+
+    Made like functools.partial, and called with tensors (in lists and tuples, beside None) whose
+    shapes stay the same. The first call runs as it is: optimisers make their state, cuDNN chooses
+    its kernels. The second is captured, with every number as it is then; where one changes, as a
+    learning rate does, a new Graph is made. A step must not draw random numbers.
+    """
+
+    def __init__(self, function, *arguments, **options):
+        self.step = partial(function, *arguments, **options)
+        self.calls = 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == 1:
+            return self.run_as_it_is(inputs)
+        if self.calls == 2:
+            self.capture(inputs)
+        for place, new in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
+            if isinstance(new, torch.Tensor):
+                place.copy_(new)
+        self.graph.replay()
+        return tree_map_only(torch.Tensor, torch.clone, self.outputs)  # the next call overwrites
+
+    def run_as_it_is(self, inputs):
+        random_state = torch.cuda.get_rng_state()
+        outputs = self.step(*inputs)
+        if not torch.equal(torch.cuda.get_rng_state(), random_state):
+            raise InputError("--cuda-graph is for networks without dropout or stochastic depth")
+        return outputs
+
+    def capture(self, inputs):
+        self.inputs = tree_map_only(torch.Tensor, torch.clone, inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        # a loader's threads may use the GPU meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = self.step(*self.inputs)
 
 
 def run_folder(args) -> Path:

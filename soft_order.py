@@ -1126,7 +1126,7 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto (CUDA if there is one), cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search are on."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
@@ -1134,7 +1134,10 @@ def choose_device(name: str) -> torch.device:
     known = ["cpu", "cuda", *found] if found else ["cpu"]
     if name not in known:
         raise InputError(f"no device {name!r} here; there are {', '.join(known)}")
+    if name == "cpu" and cuda_graph:
+        raise InputError("--cuda-graph needs a CUDA device")
     if name != "cpu":
+        torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

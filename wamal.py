@@ -47,8 +47,9 @@ import sys
 import textwrap
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -58,6 +59,7 @@ import torchvision
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm import tqdm
 
 from common import (
@@ -354,14 +356,12 @@ def auxiliary_slopes(primary, v: dict, x, state):
     state: pass_state from before the pass of virtual_step, which this pass repeats.
     """
     buffers, random_state = state
-    device = [x.device] if x.is_cuda else []
     with (
         torch.no_grad(),
         forward_ad.dual_level(),
         sdpa_kernel(SDPBackend.MATH),
-        torch.random.fork_rng(device),
+        masks_of(random_state, x),
     ):
-        default_generator(x).set_state(random_state)
         theta = dict(primary.named_parameters())
         moving = {name: forward_ad.make_dual(theta[name].detach(), v[name]) for name in v}
         _, auxiliary_logits = functional_call(primary, moving | buffers, (x,))
@@ -371,7 +371,20 @@ def auxiliary_slopes(primary, v: dict, x, state):
 def pass_state(network, x):
     """What decides a pass beside parameters and x: the buffers, and where dropout's masks start."""
     buffers = {name: b.clone() for name, b in network.named_buffers()}
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a Graph, so there is no dropout
+        return buffers, None
     return buffers, default_generator(x).get_state()
+
+
+@contextmanager
+def masks_of(random_state, x):
+    """Dropout draws the masks that follow random_state; what is drawn later is as without this."""
+    if random_state is None:
+        yield
+        return
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
+        default_generator(x).set_state(random_state)
+        yield
 
 
 def default_generator(x) -> torch.Generator:
@@ -386,7 +399,7 @@ def default_generator(x) -> torch.Generator:
 
 def train(args) -> dict:
     """One run, from its last checkpoint if there is one. Returns the summary."""
-    device = choose_device(args.device)
+    device = choose_device(args.device, args.cuda_graph)
     torch.manual_seed(args.seed)
 
     image_set, train_split, aux_set, noisy = load_data(args)
@@ -448,6 +461,20 @@ def train(args) -> dict:
         correct = torch.zeros((), device=device)
         made = []  # (index, w, top label) of each batch of phase 1
 
+        # This epoch's steps, at its learning rate
+        bind = Graph if args.cuda_graph else partial
+        step_on_theta = bind(primary_step, primary, optimizer)
+        if label_network is not None:
+            make_labels = bind(label_network)
+            step_on_phi = bind(
+                label_step,
+                primary,
+                label_network,
+                label_optimizer,
+                primary_lr=lr,
+                **label_options,
+            )
+
         # Phase 1: an epoch on theta with phi fixed (Alg. 1, lines 5 to 10)
         # index: (B,), the images' places in train_split
         for x, y, index in islice(loader, steps):
@@ -457,10 +484,10 @@ def train(args) -> dict:
                 labels = human_labels[index]
             if label_network is not None:
                 with torch.no_grad():
-                    labels, w = label_network(x, y)
+                    labels, w = make_labels(x, y)
                 weight = auxiliary_weight(w, **weight_options)
                 made.append((index, w, labels.argmax(dim=1)))
-            loss, logits = primary_step(primary, optimizer, x, y, labels, weight)
+            loss, logits = step_on_theta(x, y, labels, weight)
             loss_sum += loss
             correct += (logits.argmax(dim=1) == y).sum()
             progress.update()
@@ -474,16 +501,7 @@ def train(args) -> dict:
                 if aux_set is not None:
                     x_upper, y_upper, _ = next(upper_batches)
                     upper = (x_upper, y_upper)
-                norm_sum += label_step(
-                    primary,
-                    label_network,
-                    label_optimizer,
-                    x,
-                    y,
-                    upper,
-                    primary_lr=lr,
-                    **label_options,
-                )
+                norm_sum += step_on_phi(x, y, upper)
                 progress.update()
 
         if args.refresh_statistics:
@@ -583,11 +601,12 @@ def build_networks(args, image_set, device):
 def build_optimizer(args, network, lr: float, weight_decay: float, momentum: float = 0.0):
     """The optimiser of one of the networks."""
     parameters = network.parameters()
+    options = {"lr": lr, "weight_decay": weight_decay}
     if args.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr, weight_decay=weight_decay)
+        return torch.optim.Adam(parameters, **options, capturable=args.cuda_graph)
     if args.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay)
-    return torch.optim.SGD(parameters, lr, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.AdamW(parameters, **options, capturable=args.cuda_graph)
+    return torch.optim.SGD(parameters, **options, momentum=momentum)
 
 
 def build_scheduler(args, optimizer):
@@ -781,6 +800,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("run").add_argument
     add("--seeds", "--seed", type=whole, nargs="+", default=[0], help="a run for each, in turn")
+    add("--cuda-graph", action="store_true", help="each step is one launch: faster on CUDA")
     add("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
     add("--out-dir", default="runs", help="the run goes to OUT_DIR/wamal-DATASET-METHOD-sSEED")
     add("--resume", action="store_true", help="go on after the run's last finished epoch")
@@ -856,7 +876,7 @@ def number(kind, low, high=10**9):
     return convert
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     """auto (CUDA if there is one), cpu, cuda or cuda:N. On CUDA, TF32 and cuDNN's search are on."""
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     if name == "auto":
@@ -864,13 +884,56 @@ def choose_device(name: str) -> torch.device:
     known = ["cpu", "cuda", *found] if found else ["cpu"]
     if name not in known:
         raise InputError(f"no device {name!r} here; there are {', '.join(known)}")
+    if name == "cpu" and cuda_graph:
+        raise InputError("--cuda-graph needs a CUDA device")
     if name != "cpu":
+        torch.cuda.set_device(name)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
         torch.cuda.reset_peak_memory_stats(name)
         print(f"{torch.cuda.get_device_name(name)}, TF32 allowed")
     return torch.device(name)
+
+
+class Graph:
+    """A step as one CUDA graph: one launch, where it had hundreds that a fast GPU waits for.
+
+    Made like functools.partial, and called with tensors (in lists and tuples, beside None) whose
+    shapes stay the same. The first call runs as it is: optimisers make their state, cuDNN chooses
+    its kernels. The second is captured, with every number as it is then; where one changes, as a
+    learning rate does, a new Graph is made. A step must not draw random numbers.
+    """
+
+    def __init__(self, function, *arguments, **options):
+        self.step = partial(function, *arguments, **options)
+        self.calls = 0
+
+    def __call__(self, *inputs):
+        self.calls += 1
+        if self.calls == 1:
+            return self.run_as_it_is(inputs)
+        if self.calls == 2:
+            self.capture(inputs)
+        for place, new in zip(tree_leaves(self.inputs), tree_leaves(inputs), strict=True):
+            if isinstance(new, torch.Tensor):
+                place.copy_(new)
+        self.graph.replay()
+        return tree_map_only(torch.Tensor, torch.clone, self.outputs)  # the next call overwrites
+
+    def run_as_it_is(self, inputs):
+        random_state = torch.cuda.get_rng_state()
+        outputs = self.step(*inputs)
+        if not torch.equal(torch.cuda.get_rng_state(), random_state):
+            raise InputError("--cuda-graph is for networks without dropout or stochastic depth")
+        return outputs
+
+    def capture(self, inputs):
+        self.inputs = tree_map_only(torch.Tensor, torch.clone, inputs)
+        self.graph = torch.cuda.CUDAGraph()
+        # a loader's threads may use the GPU meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.outputs = self.step(*self.inputs)
 
 
 def run_folder(args) -> Path:

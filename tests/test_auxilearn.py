@@ -489,7 +489,7 @@ def test_gradient_cosine_similarity_drops_an_opposing_gradient(sign):
         )
     )
     optimizer = torch.optim.SGD(primary.parameters(), 1e-9)
-    loss, means = auxilearn.gcs_step(primary, optimizer, x, y, None, losses)
+    loss, means = auxilearn.gcs_step(primary, optimizer, x, y, combiner=None, losses=losses)
     for name, p in parameters.items():
         expected = main[name] if name.startswith("trunk.") and sign < 0 else both[name]
         assert relative_difference(p.grad, expected) < 1e-12, name
@@ -531,7 +531,8 @@ def test_gradients_lie_in_memory_as_their_parameters(step):
 
     if step == "gcs":
         optimizer = torch.optim.Adam(primary.parameters(), 0.1, fused=True)
-        auxilearn.gcs_step(primary, optimizer, x, y, combiner, image_losses, torch.arange(6))
+        options = {"combiner": combiner, "losses": image_losses}
+        auxilearn.gcs_step(primary, optimizer, x, y, torch.arange(6), **options)
     else:
         phi = [*combiner.parameters(), *label_network.parameters()]
         optimizer = torch.optim.Adam(phi, 0.1, fused=True)
@@ -770,7 +771,8 @@ def test_the_lower_step_gives_phi_no_gradient():
         labels = label_network(x, y)
     optimizer = torch.optim.SGD(primary.parameters(), 0.1)
     before = [p.clone() for p in primary.parameters()]
-    loss, means = auxilearn.lower_step(primary, optimizer, x, y, combiner, image_losses, labels)
+    options = {"combiner": combiner, "losses": image_losses}
+    loss, means = auxilearn.lower_step(primary, optimizer, x, y, labels, **options)
     assert combiner.weight.grad is None
     assert loss.item() == pytest.approx(float(2 * means[0] + means[1]), abs=1e-5)
     for a, b in zip(before, primary.parameters(), strict=True):
@@ -851,7 +853,8 @@ def learned_weights(seed, steps=150, upper_targets="clean"):
     upper_optimizer = torch.optim.SGD(combiner.parameters(), 0.2)
     options = {"neumann_steps": 3, "inner_lr": 0.05, "clip": 10.0}
     for step in range(steps):
-        auxilearn.lower_step(primary, optimizer, x, targets, combiner, losses)
+        lower_options = {"combiner": combiner, "losses": losses}
+        auxilearn.lower_step(primary, optimizer, x, targets, **lower_options)
         if step % 5 == 4:
             networks = (primary, combiner, None, upper_optimizer)
             auxilearn.upper_step(*networks, x, targets, *upper, losses, **options)

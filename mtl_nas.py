@@ -987,7 +987,7 @@ def choose_device(name: str, cuda_graph: bool = False) -> torch.device:
     if name == "cpu" and cuda_graph:
         raise InputError("--cuda-graph needs a CUDA device")
     if name != "cpu":
-        torch.cuda.set_device(name)
+        torch.cuda.set_device(torch.device(name).index or 0)
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True

@@ -28,8 +28,9 @@ Departures from the paper [P], its supplement [S] and its authors' code [C]:
 - g's trunk starts as f's does, the heads as PyTorch's Linear; [C]: Xavier-normal, Xavier.
 - g's rate follows f's schedule, as in [C]; [S] gives none. [S]'s "until convergence": 200 epochs.
 - --same-iteration and --held-out: [S] reports both as worse, without details.
-- Test accuracy is the last epoch's; [S] does not say which. Not here: segmentation, and the
-  regression of a latent vector in place of labels ([S]: no better than the single task).
+- --method maxl-latent is [S]'s latent vector in place of labels, of which it tells no more: K
+  numbers from g, the squared error in place of l_aux, no entropy term.
+- Test accuracy is the last epoch's; [S] does not say which. Not here: segmentation.
 """
 
 import argparse
@@ -129,6 +130,18 @@ class LabelNetwork(nn.Module):
         return masked_softmax(logits, y, self.psi)
 
 
+class LatentNetwork(nn.Module):
+    """g(phi) of the supplement's regression: for x (B, 3, H, W) a vector each, (B, size)."""
+
+    def __init__(self, backbone: nn.Module, size: int):
+        super().__init__()
+        self.trunk, width = strip_classifier(backbone)
+        self.latent_head = head(width, size)
+
+    def forward(self, x, y):  # of y it makes nothing
+        return self.latent_head(self.trunk(x))
+
+
 # -------- Losses ----------------------------------------------------------------------------------
 
 
@@ -150,8 +163,8 @@ def masked_softmax(logits, y, psi):
 def focal_costs(logits, gamma: float = 2.0):
     """What each class would cost as the label: -(1 - p_k)^gamma log p_k, (B, K).
 
-    All losses and the hypergradient come from here: for another loss, change this function alone.
-    The loss has to be linear in its target, sum_k t_k cost_k.
+    All focal losses and the hypergradient come from here: for another loss, change this function
+    alone. The loss has to be linear in its target, sum_k t_k cost_k.
     """
     log_p = logits.log_softmax(dim=1)
     return -((1 - log_p.exp()) ** gamma) * log_p
@@ -181,12 +194,28 @@ def negative_entropy(soft_labels):
     return (m * (m + 1e-20).log()).sum()
 
 
-def total_loss(primary_logits, auxiliary_logits, y, labels, gamma: float = 2.0):
+def auxiliary_loss(outputs, labels, gamma: float = 2.0, latent: bool = False):
+    """l_aux of each sample, (B,). latent: labels are vectors, and it is the mean squared error."""
+    if latent:
+        return (outputs - labels).square().mean(dim=1)
+    return focal_loss(outputs, labels, gamma)
+
+
+def label_costs(outputs, gamma: float = 2.0, latent: bool = False):
+    """c, (B, K), of l_aux = sum_k label_k c_k + what depends on the label or on theta alone."""
+    if latent:  # (f - z)^2 = -2 f z + f^2 + z^2
+        return -2 * outputs / outputs.shape[1]
+    return focal_costs(outputs, gamma)
+
+
+def total_loss(
+    primary_logits, auxiliary_logits, y, labels, gamma: float = 2.0, latent: bool = False
+):
     """Mean of (1) over the batch. labels: (B, K) or (B,); None: the primary loss alone."""
     l_prim = focal_loss(primary_logits, y, gamma)  # (B,)
     if labels is None:
         return l_prim.mean()
-    l_aux = focal_loss(auxiliary_logits, labels, gamma)  # (B,)
+    l_aux = auxiliary_loss(auxiliary_logits, labels, gamma, latent)  # (B,)
     return (l_prim + l_aux).mean()
 
 
@@ -207,19 +236,21 @@ def total_loss(primary_logits, auxiliary_logits, y, labels, gamma: float = 2.0):
 #                                  = -lr grad_phi [d/de L_aux(theta + e v) at e = 0]
 #
 # and L_aux is linear in the labels: auxiliary_slopes finds how fast the cost of every class changes
-# along v in one forward-mode pass of f, and an ordinary backward pass through g does the rest.
+# along v in one forward-mode pass of f, and an ordinary backward pass through g does the rest. A
+# latent vector's squared error is linear in it, too, in the only part in which theta and phi meet.
 #
 # To copy: the sections Networks (with common.strip_classifier), Losses and this one.
 
 
-def primary_step(primary, optimizer, x, y, labels=None, gamma: float = 2.0):
+def primary_step(primary, optimizer, x, y, labels=None, gamma: float = 2.0, latent: bool = False):
     """An optimiser step on theta on (1), with the labels fixed.
 
     labels: the auxiliary ones, (B, K) or (B,); None for the primary loss alone.
+    gamma: of the focal losses.  latent: labels are a LatentNetwork's vectors.
     Returns the loss, a scalar, and the primary logits (B, num_primary), both without gradient.
     """
     primary_logits, auxiliary_logits = primary(x)
-    loss = total_loss(primary_logits, auxiliary_logits, y, labels, gamma)
+    loss = total_loss(primary_logits, auxiliary_logits, y, labels, gamma, latent)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
@@ -264,6 +295,7 @@ def hypergradient(
     primary_lr,
     entropy_weight=0.2,
     gamma=2.0,
+    latent=False,
     difference_step=None,
 ):
     """The gradient in phi of (3), mean l_prim(theta'(phi)) + entropy_weight H.
@@ -274,6 +306,7 @@ def hypergradient(
     upper: (x_upper, y_upper), the batch of l_prim at theta'; None: (x, y).
     primary_lr: theta's learning rate. The virtual step is plain SGD, whatever f's optimiser is.
     gamma: of the focal losses.
+    latent: g is a LatentNetwork, and (3) has no H.
     difference_step: None, or for the first-order variant the length of its two steps along v.
     Returns the gradients of phi's trainable parameters, in their order. Changes no parameter;
     BatchNorm's running statistics follow g's pass and f's pass at theta, once each.
@@ -282,30 +315,32 @@ def hypergradient(
     soft_labels = label_network(x, y)  # (B, K): the one graph through phi
 
     state = pass_state(primary, x)  # so that the pass at theta can be repeated
-    theta_prime = virtual_step(primary, x, y, soft_labels.detach(), primary_lr, gamma)
+    loss = {"gamma": gamma, "latent": latent}
+    theta_prime = virtual_step(primary, x, y, soft_labels.detach(), primary_lr, **loss)
     v = primary_gradient(primary, theta_prime, x_upper, y_upper, gamma)
     del theta_prime  # its memory, before the last pass
     if difference_step is None:
-        slopes = auxiliary_slopes(primary, v, x, state, gamma)  # (B, K)
+        slopes = auxiliary_slopes(primary, v, x, state, **loss)  # (B, K)
     else:
-        slopes = difference_slopes(primary, v, x, state, gamma, difference_step)
+        slopes = difference_slopes(primary, v, x, state, difference_step, **loss)
     # the slopes are constants, so that this has the gradient of L_prim(theta'(phi)), not its value
     surrogate = -primary_lr * (soft_labels * slopes).sum(dim=1).mean()
-    surrogate = surrogate + entropy_weight * negative_entropy(soft_labels)
+    if not latent:
+        surrogate = surrogate + entropy_weight * negative_entropy(soft_labels)
 
     phi = [p for p in label_network.parameters() if p.requires_grad]
     return torch.autograd.grad(surrogate, phi, materialize_grads=True)
 
 
-def virtual_step(primary, x, y, labels, primary_lr, gamma: float = 2.0) -> dict:
-    """theta' of (2), by name; theta itself stays."""
+def virtual_step(primary, x, y, labels, primary_lr, **loss_options) -> dict:
+    """theta' of (2), by name; theta itself stays. loss_options: gamma and latent, if any."""
     # fused attention has no forward-mode derivative, which auxiliary_slopes takes, and that pass
     # must draw the dropout masks of this one
     with sdpa_kernel(SDPBackend.MATH):
         primary_logits, auxiliary_logits = primary(x)
         if auxiliary_logits is None:
             raise ValueError("the primary network has no auxiliary head to make labels for")
-        loss = total_loss(primary_logits, auxiliary_logits, y, labels, gamma)
+        loss = total_loss(primary_logits, auxiliary_logits, y, labels, **loss_options)
 
     theta = {name: p for name, p in primary.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(theta.values()), materialize_grads=True)
@@ -325,7 +360,7 @@ def primary_gradient(primary, theta_prime: dict, x, y, gamma: float = 2.0) -> di
     return dict(zip(theta_prime, gradients, strict=True))
 
 
-def auxiliary_slopes(primary, v: dict, x, state, gamma: float = 2.0):
+def auxiliary_slopes(primary, v: dict, x, state, **loss_options):
     """d/de of what each auxiliary class costs at theta + e v, at e = 0: (B, K).
 
     v: directions by parameter name.
@@ -334,11 +369,11 @@ def auxiliary_slopes(primary, v: dict, x, state, gamma: float = 2.0):
     theta = dict(primary.named_parameters())
     with forward_ad.dual_level():
         moving = {name: forward_ad.make_dual(theta[name].detach(), v[name]) for name in v}
-        costs = auxiliary_costs(primary, moving, x, state, gamma)
+        costs = auxiliary_costs(primary, moving, x, state, **loss_options)
         return forward_ad.unpack_dual(costs).tangent
 
 
-def difference_slopes(primary, v: dict, x, state, gamma: float, step: float):
+def difference_slopes(primary, v: dict, x, state, step: float, **loss_options):
     """The slopes of auxiliary_slopes by a central difference: [cost(e) - cost(-e)] / 2e, (B, K).
 
     step: e ||v||, how far theta moves.
@@ -347,18 +382,18 @@ def difference_slopes(primary, v: dict, x, state, gamma: float, step: float):
     e = step / torch.nn.utils.get_total_norm(list(v.values())).clamp(min=1e-30)
     ahead = {name: theta[name].detach() + e * v[name] for name in v}
     behind = {name: theta[name].detach() - e * v[name] for name in v}
-    costs_ahead = auxiliary_costs(primary, ahead, x, state, gamma)
-    costs_behind = auxiliary_costs(primary, behind, x, state, gamma)
+    costs_ahead = auxiliary_costs(primary, ahead, x, state, **loss_options)
+    costs_behind = auxiliary_costs(primary, behind, x, state, **loss_options)
     return (costs_ahead - costs_behind) / (2 * e)
 
 
-def auxiliary_costs(primary, theta: dict, x, state, gamma: float):
+def auxiliary_costs(primary, theta: dict, x, state, **loss_options):
     """What each auxiliary class costs, (B, K), where theta (by name) replaces f's parameters."""
     buffers, random_state = state
     buffers = {name: b.clone() for name, b in buffers.items()}
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), masks_of(random_state, x):
         _, auxiliary_logits = functional_call(primary, theta | buffers, (x,))
-        return focal_costs(auxiliary_logits, gamma)
+        return label_costs(auxiliary_logits, **loss_options)
 
 
 def pass_state(network, x):
@@ -432,7 +467,8 @@ def train(args) -> dict:
         state["held_out_loader"] = held_out_loader
 
     gamma = GAMMA[args.loss]
-    label_options = {"entropy_weight": args.entropy_weight, "gamma": gamma}
+    latent = args.method == "maxl-latent"
+    label_options = {"entropy_weight": args.entropy_weight, "gamma": gamma, "latent": latent}
     if args.method == "maxl-first-order":
         label_options["difference_step"] = args.difference_step
     fixed_labels = None
@@ -467,7 +503,7 @@ def train(args) -> dict:
 
         # This epoch's steps, at its learning rate
         bind = Graph if args.cuda_graph else partial
-        step_on_theta = bind(primary_step, primary, optimizer, gamma=gamma)
+        step_on_theta = bind(primary_step, primary, optimizer, gamma=gamma, latent=latent)
         if label_network is not None:
             make_labels = bind(label_network)
             step_on_phi = bind(
@@ -488,8 +524,9 @@ def train(args) -> dict:
             if label_network is not None:
                 with torch.no_grad():
                     labels = make_labels(x, y)
-                label_sum += labels.sum(dim=0)
-                used.scatter_(0, labels.argmax(dim=1), 1.0)
+                if not latent:
+                    label_sum += labels.sum(dim=0)
+                    used.scatter_(0, labels.argmax(dim=1), 1.0)
             if batch < args.cosine_batches:
                 cosines.append(gradient_cosine(primary, x, y, labels, gamma))
             loss, logits = step_on_theta(x, y, labels)
@@ -518,7 +555,8 @@ def train(args) -> dict:
         if label_network is not None:
             metrics["label_lr"] = label_optimizer.param_groups[0]["lr"]
             metrics["hypergradient_norm"] = float(norm_sum) / steps
-            metrics.update(describe_labels(label_sum.cpu(), used.cpu()))
+            if not latent:
+                metrics.update(describe_labels(label_sum.cpu(), used.cpu()))
         if cosines:
             metrics["gradient_cosine"] = float(torch.stack(cosines).mean())
         metrics.update(speed(phases * steps * args.batch_size, began, device))
@@ -534,7 +572,7 @@ def train(args) -> dict:
             metrics, "loss", "train_accuracy", "test_accuracy", "labels_used", "label_entropy"
         )
 
-    if label_network is not None:
+    if label_network is not None and not latent:
         plain_loader = make_loader(train_split, batch_size=args.batch_size, train=False, **loading)
         batches = islice(plain_loader, args.max_steps)
         write_classes(folder, label_network, train_split, batches, image_set, device)
@@ -605,12 +643,15 @@ def build_networks(args, image_set, psi: list[int], device):
     check_trunk(primary.trunk, args.backbone, image_set.image_size)
     primary.trunk.bf16 = args.amp == "bf16"
     primary.to(device)
-    if args.method not in ("maxl", "maxl-first-order"):
+    if args.method not in LEARNED:
         return primary, None
 
     pretrained = args.pretrained and has_weights(args.label_backbone)
     backbone = build_backbone(args.label_backbone, pretrained)
-    label_network = LabelNetwork(backbone, psi, mask=not args.no_mask)
+    if args.method == "maxl-latent":
+        label_network = LatentNetwork(backbone, sum(psi))
+    else:
+        label_network = LabelNetwork(backbone, psi, mask=not args.no_mask)
     check_trunk(label_network.trunk, args.label_backbone, image_set.image_size)
     label_network.trunk.bf16 = args.amp == "bf16"
     return primary, label_network.to(device)
@@ -751,7 +792,8 @@ def pictures(split, image_set, device, width: int):
 
 # -------- Command line ----------------------------------------------------------------------------
 
-METHODS = ("maxl", "maxl-first-order", "single", "human", "random")
+LEARNED = ("maxl", "maxl-first-order", "maxl-latent")  # the methods with a second network
+METHODS = (*LEARNED, "single", "human", "random")
 SCHEDULES = ("step", "cosine", "constant")
 GAMMA = {"focal": 2.0, "cross-entropy": 0.0}
 
@@ -793,7 +835,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="maxl", help="random: fixed labels, drawn by chance")
+    add("--method", choices=METHODS, default="maxl", help="maxl-latent: vectors; random: fixed")
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--label-backbone", help="of the label network (default: the same)")
     add("--pretrained", action="store_true", help="start from ImageNet weights")
@@ -831,7 +873,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on after the run's last finished epoch")
     args = p.parse_args(argv)
 
-    learns_labels = args.method in ("maxl", "maxl-first-order")
+    learns_labels = args.method in LEARNED
     if args.momentum and args.optimizer != "sgd":
         p.error("--momentum is for --optimizer sgd")
     if args.psi is not None and args.aux_level is not None:
@@ -840,6 +882,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error(f"--held-out and --same-iteration are for learned labels, not for {args.method}")
     if args.cosine_batches and args.method == "single":
         p.error("--cosine-batches compares two losses, and single has one")
+    if args.method == "maxl-latent" and (args.no_mask or args.cosine_batches):
+        p.error("--no-mask and --cosine-batches are for labels, which maxl-latent has not")
     if args.method == "maxl-first-order" and args.amp == "bf16":
         p.error("--amp bf16 leaves little but round-off of maxl-first-order's small difference")
     if args.refresh_statistics and learns_labels and not args.same_iteration:

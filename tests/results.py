@@ -651,6 +651,7 @@ def recorded_table(runs: list[Run]) -> str:
     groups = list(group_runs(runs).values())
     commands = [own_flags(members[0].flags) for members in groups]
     common = [flag for flag in commands[0] if all(flag in command for command in commands)]
+    common = [flag for flag in common if not flag.startswith("--mode ")]  # others depend on it
     lines = []
     if common:
         lines += ["All with", f"`{' '.join(common)}`.", ""]

@@ -67,6 +67,7 @@ SCRIPTS = {
             "",
             "--held-out 0.2",
             "--method maxl-first-order",
+            "--method maxl-latent",
             "--method random",
             "--method single",
             "--same-iteration",

@@ -27,6 +27,7 @@ CASES = [
     ("maxl", "--schedule cosine"),
     ("maxl", "--held-out 0.2 --same-iteration"),
     ("maxl", "--method maxl-first-order --cosine-batches 2"),
+    ("maxl", "--method maxl-latent"),
     ("auxilearn", "--schedule cosine --upper-every 1"),
     ("auxilearn", "--aux-set 0 --upper-every 2"),
     ("auxilearn", "--method human"),

@@ -267,10 +267,10 @@ def watch(monkeypatch):
         steps.append(("g", x, upper))
         return result
 
-    def watch_primary_step(primary, optimizer, x, y, labels, gamma):
+    def watch_primary_step(primary, optimizer, x, y, labels, **loss_options):
         assert labels is None or not labels.requires_grad
         steps.append(("f", x, labels))
-        return primary_step(primary, optimizer, x, y, labels, gamma)
+        return primary_step(primary, optimizer, x, y, labels, **loss_options)
 
     monkeypatch.setattr(maxl, "label_step", watch_label_step)
     monkeypatch.setattr(maxl, "primary_step", watch_primary_step)
@@ -308,7 +308,8 @@ def test_the_options_of_the_method_and_loss_reach_the_hypergradient(run, monkeyp
 
     monkeypatch.setattr(maxl, "hypergradient", watched)
     run(maxl, name="exact")
-    assert seen[-1] == {"primary_lr": 0.1, "entropy_weight": 0.2, "gamma": 2.0}
+    exact = {"primary_lr": 0.1, "entropy_weight": 0.2, "gamma": 2.0, "latent": False}
+    assert seen[-1] == exact
     run(maxl, "--method", "maxl-first-order", "--loss", "cross-entropy", name="first-order")
     assert seen[-1]["difference_step"] == 0.01 and seen[-1]["gamma"] == 0
 

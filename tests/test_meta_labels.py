@@ -134,6 +134,7 @@ def slow_objective(
     weighting="sample",
     normalize=False,
     gamma=2.0,
+    latent=False,
     create_graph=True,
 ):
     """l_prim at theta' plus the entropy term, straight from the definitions.
@@ -163,7 +164,10 @@ def slow_objective(
             weight = weight / weight.mean()
         primary_logits, auxiliary_logits = functional_call(primary, (theta, buffers), (x,))
         l_prim = focal(primary_logits, one_hot(y, primary_logits))
-        l_aux = focal(auxiliary_logits, soft_labels)
+        if latent:
+            l_aux = ((auxiliary_logits - soft_labels) ** 2).sum(1) / soft_labels.shape[1]
+        else:
+            l_aux = focal(auxiliary_logits, soft_labels)
         if weighting == "batch":
             total = l_prim.mean() + weight.mean() * l_aux.mean()
         else:
@@ -177,19 +181,32 @@ def slow_objective(
             theta_prime[name] = p if gradient is None else p - primary_lr * gradient
         logits = functional_call(primary, (theta_prime, buffers), (x_upper,))[0]
         objective = focal(logits, one_hot(y_upper, logits)).mean()
+    if latent:
+        return objective
     m = soft_labels.mean(0)
     m = m[m > 0]
     return objective + entropy_weight * (m * m.log()).sum()
 
 
 def make_problem(
-    script, backbone, psi, images, *, missing_class=False, upper=False, mask=True, seed=0
+    script,
+    backbone,
+    psi,
+    images,
+    *,
+    missing_class=False,
+    upper=False,
+    mask=True,
+    latent=False,
+    seed=0,
 ):
     """Both networks in float64, x, y, and another batch for the primary loss at theta' or None."""
     torch.manual_seed(seed)
     primary = script.PrimaryNetwork(backbone(), len(psi), sum(psi)).double()
     if script is wamal:
         label_network = wamal.LabelWeightNetwork(backbone(), psi).double()
+    elif latent:
+        label_network = maxl.LatentNetwork(backbone(), sum(psi)).double()
     else:
         label_network = maxl.LabelNetwork(backbone(), psi, mask=mask).double()
     x = torch.randn(images, 3, 32, 32, dtype=torch.float64)
@@ -236,6 +253,8 @@ MAXLS = [
     pytest.param(convnet4, [3, 1, 4], 4, {"mask": False}, id="no-mask"),
     pytest.param(convnet4, [3, 1, 4], 4, {"gamma": 0.0}, id="cross-entropy"),
     pytest.param(dropout, [2, 3], 4, {"gamma": 0.0, "mask": False, "upper": True}, id="all-three"),
+    pytest.param(convnet4, [2, 3], 4, {"latent": True}, id="latent"),
+    pytest.param(dropout, [2, 3], 4, {"latent": True, "upper": True}, id="latent-upper"),
 ]
 CASES = []
 for script, cases in ((wamal, BOTH + WAMALS), (maxl, BOTH + MAXLS)):
@@ -246,8 +265,11 @@ for script, cases in ((wamal, BOTH + WAMALS), (maxl, BOTH + MAXLS)):
 @pytest.mark.parametrize("script, backbone, psi, images, options", CASES)
 def test_hypergradient_equals_double_backward(script, backbone, psi, images, options):
     options = dict(options)
+    latent = options.get("latent", False)
     names = ("upper", "missing_class", "mask")
     problem = {name: options.pop(name) for name in names if name in options}
+    if latent:
+        problem["latent"] = True
     problem = make_problem(script, backbone, psi, images, **problem)
     primary, label_network, x, y, upper = problem
     if options.pop("channels_last", False):  # as common.check_trunk lays the scripts' networks out
@@ -264,7 +286,7 @@ def test_hypergradient_equals_double_backward(script, backbone, psi, images, opt
     # The whole network, then its parts by themselves, since one could drown another. A bias that
     # only moves what batch norm or the softmax subtracts again is held to round-off.
     names = [name for name, _ in label_network.named_parameters()]
-    parts = ["", "trunk", "label_head"]
+    parts = ["", "trunk", "latent_head" if latent else "label_head"]
     if script is wamal:
         parts.append("weight_head")
     for part in parts:
@@ -276,10 +298,13 @@ def test_hypergradient_equals_double_backward(script, backbone, psi, images, opt
 
 
 @pytest.mark.parametrize(
-    "script, options", [(wamal, {}), (maxl, {}), (maxl, {"gamma": 0.0})], ids=str
+    "script, options",
+    [(wamal, {}), (maxl, {}), (maxl, {"gamma": 0.0}), (maxl, {"latent": True})],
+    ids=str,
 )
 def test_hypergradient_equals_central_differences(script, options):
-    primary, label_network, x, y, _ = make_problem(script, smooth_net, [2, 3, 2], 6)
+    latent = {"latent": True} if "latent" in options else {}
+    primary, label_network, x, y, _ = make_problem(script, smooth_net, [2, 3, 2], 6, **latent)
     settings = settings_of(script, primary_lr=0.3, **options)
     got = script.hypergradient(primary, label_network, x, y, **settings)
     generator = torch.Generator().manual_seed(0)
@@ -414,6 +439,7 @@ FLAGS_OF = {
     maxl: [
         *FLAGS,
         "--method maxl-first-order",
+        "--method maxl-latent",
         "--method maxl-first-order --difference-step 1.0",
         "--method random",
         "--loss cross-entropy",
@@ -560,6 +586,8 @@ WRONG_OF = {
         ("--method random --same-iteration", "not for random"),
         ("--method single --cosine-batches 3", "single has one"),
         ("--method maxl-first-order --amp bf16", "round-off"),
+        ("--method maxl-latent --no-mask", "which maxl-latent has not"),
+        ("--method maxl-latent --cosine-batches 2", "which maxl-latent has not"),
         ("--psi 3 --aux-level 10", "choose one"),
         ("--aux-level 100", "only the cifar100-N sets"),
         ("--held-out 0.0001 --train-fraction 0.001", "batches of"),

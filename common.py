@@ -895,6 +895,13 @@ class DeviceLoader(SeededLoader):
         return x[batch, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any kind with three channels of 8 bits."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 class ImageFiles(Dataset):
     """Reads the image at (index, seed); the seed alone decides its crop, whoever reads it."""
 
@@ -905,7 +912,7 @@ class ImageFiles(Dataset):
     def __getitem__(self, key: tuple[int, int]):
         index, seed = key
         with reading(self.files[index]), Image.open(self.files[index]) as image:
-            image = image.convert("RGB")
+            image = to_rgb(image)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed CUDA as well
             return self.transform(image), index
@@ -1340,7 +1347,9 @@ def load_nyuv2(root: Path) -> SceneSet:
             if size != tuple(fields[0].shape[-2:]):
                 theirs = f"the images have {tuple(fields[0].shape[-2:])}"
                 raise InputError(f"{folder / kind}: {size} pixels; {theirs}")
-        splits.append(SceneSplit(*fields))
+        split = SceneSplit(*fields)
+        check_known(folder, label=split.segmentation >= 0, depth=split.depth, normal=split.normals)
+        splits.append(split)
     return SceneSet("nyuv2", NYUV2_CLASSES, *splits)
 
 
@@ -1384,6 +1393,13 @@ def check_range(scene: torch.Tensor, kind: str) -> None:
         raise ValueError(f"a value is {value:g}, not {allowed}")
 
 
+def check_known(folder: Path, **fields) -> None:
+    """Refuse a field in which no pixel of the whole split has a value: it could not be tested."""
+    for kind, field in fields.items():
+        if not field.any():
+            raise InputError(f"{folder / kind}: no pixel of any scene has a {kind}")
+
+
 def check_shape(scene: torch.Tensor, others: list[torch.Tensor]) -> None:
     if others and scene.shape != others[0].shape:
         theirs = f"that of the others, {tuple(others[0].shape)}"
@@ -1413,6 +1429,7 @@ def load_nyuv2_40(root: Path) -> SceneSet:
                 scenes.append(pixels)
             fields.append(torch.stack(scenes))
         images, labels, normals = fields
+        check_known(folder, label=labels >= 0, normal=normals)
         unknown = torch.zeros(labels.shape, dtype=torch.half)
         splits.append(SceneSplit(images, labels, unknown, normals))
     return SceneSet("nyuv2-40", [str(c) for c in range(40)], *splits)
@@ -1421,7 +1438,7 @@ def load_nyuv2_40(root: Path) -> SceneSet:
 def read_png(path: Path, kind: str, size: tuple[int, int] | None) -> torch.Tensor:
     """The image, label or normal of nyuv2-40 in a file; its size must be `size`, if it is given."""
     with reading(path), Image.open(path) as file:
-        pixels = pil_to_tensor(file if kind == "label" else file.convert("RGB"))  # (1 or 3, H, W)
+        pixels = pil_to_tensor(file if kind == "label" else to_rgb(file))  # (1 or 3, H, W)
         if size is not None and pixels.shape[1:] != size:
             raise ValueError(f"its size {tuple(pixels.shape[1:])} is not that of the others")
         if kind == "image":

@@ -1151,6 +1151,8 @@ def run_folder(args) -> Path:
     dataset = args.dataset
     if dataset.startswith("folder:"):
         dataset = f"folder-{Path(dataset[7:]).expanduser().resolve().name}"
+    if not args.out_dir:
+        raise InputError("--out-dir is empty")
     name = f"{Path(__file__).stem}-{dataset}-{args.method}-s{args.seed}"
     return Path(args.out_dir).expanduser() / name
 
@@ -1336,6 +1338,8 @@ def run_seeds(args, train, metric: str) -> dict:
         if wanted is not None:
             hint = "a smaller --batch-size takes less"
             fail(f"out of memory: {wanted[1]} more were asked for; {hint}")
+        if "home directory" in str(error):  # of ~, or of ~somebody
+            fail(error)
         raise
     except KeyboardInterrupt:
         fail("interrupted; --resume continues after the last finished epoch", code=130)

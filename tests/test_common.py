@@ -32,7 +32,12 @@ import torch.nn.functional as F
 import torchvision
 from conftest import ROOT, relative_difference
 from PIL import Image
-from torchvision.transforms.functional import adjust_hue, adjust_saturation, to_pil_image
+from torchvision.transforms.functional import (
+    adjust_hue,
+    adjust_saturation,
+    pil_to_tensor,
+    to_pil_image,
+)
 
 import common
 from common import InputError, load_image_set, make_loader
@@ -325,6 +330,19 @@ def test_folder(tmp_path):
     assert image_set.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert image_set.resize == 37
     assert image_set.name == "folder-pets"
+
+
+def test_16_bits_of_grey_are_read_as_the_same_picture_in_8(tmp_path):
+    grey = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    read = []
+    for bits, pixels in ((8, grey), (16, grey.astype(np.uint16) * 256 + 77)):
+        path = tmp_path / f"{bits}.png"
+        Image.fromarray(pixels).save(path)
+        with Image.open(path) as image:
+            assert (image.mode == "L") == (bits == 8)
+        read.append(common.ImageFiles([path], pil_to_tensor)[0, 0][0])
+        assert torch.equal(common.read_png(path, "image", None), read[-1])
+    assert torch.equal(read[0], read[1]) and read[0].unique().numel() == 64
 
 
 def test_folder_errors(tmp_path):
@@ -853,6 +871,15 @@ def test_nyuv2_faults_name_the_file(tmp_path):
         common.load_scene_set("nyuv2", tmp_path)
 
 
+@pytest.mark.parametrize("kind, none", [("label", -1), ("depth", 0), ("normal", 0)])
+def test_nyuv2_needs_some_pixel_of_each_field(tmp_path, kind, none):
+    write_nyuv2(tmp_path)
+    for path in (tmp_path / "nyuv2" / "val" / kind).iterdir():
+        np.save(path, np.full_like(np.load(path), none))
+    with pytest.raises(InputError, match=f"val/{kind}: no pixel of any scene has a {kind}"):
+        common.load_scene_set("nyuv2", tmp_path)
+
+
 def write_nyuv2_40(root, n=3):
     """A made set in the PNG layout; returns what each part should hold."""
     g = seeded(0)
@@ -903,6 +930,9 @@ def test_faults_of_the_40_class_layout_name_the_file(tmp_path):
     refused(tmp_path, label)
     to_pil_image(torch.zeros(3, 12, 16, dtype=torch.uint8)).save(label)
     refused(tmp_path, "not one channel")
+    for path in label.parent.iterdir():
+        to_pil_image(torch.full((1, 12, 16), 255, dtype=torch.uint8)).save(path)
+    refused(tmp_path, "test/label: no pixel of any scene has a label")
     Image.fromarray(np.zeros((12, 16), dtype=np.uint16)).save(label)
     refused(tmp_path, "not one channel")
     to_pil_image(torch.zeros(1, 12, 17, dtype=torch.uint8)).save(label)

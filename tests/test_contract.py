@@ -864,6 +864,10 @@ def test_a_damaged_file_of_the_run_is_named(wamal, tmp_path, capsys, name, text)
 def test_an_out_dir_that_is_a_file_and_one_that_cannot_be_written(wamal, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert "file" in refuses(wamal, capsys, *tiny(wamal, tmp_path / "file"))
+    assert "--out-dir is empty" in refuses(wamal, capsys, *tiny(wamal, ""))
+    for flag in ("--out-dir", "--data-root"):
+        nobody = ["--dataset", "cifar10", flag, "~nobody-of-this-name/runs"]
+        assert "home directory" in refuses(wamal, capsys, *tiny(wamal, tmp_path, *nobody))
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o500)
         assert "locked" in refuses(wamal, capsys, *tiny(wamal, tmp_path / "locked" / "runs"))

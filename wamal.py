@@ -931,9 +931,12 @@ class Graph:
     def capture(self, inputs):
         self.inputs = tree_map_only(torch.Tensor, torch.clone, inputs)
         self.graph = torch.cuda.CUDAGraph()
-        # a loader's threads may use the GPU meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.outputs = self.step(*self.inputs)
+        mode = "thread_local"  # a loader's threads may use the GPU meanwhile
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode=mode):
+                self.outputs = self.step(*self.inputs)
+        except RuntimeError as error:  # such as of a network that reads from the device
+            raise InputError(f"--cuda-graph cannot hold this network: {error}") from error
 
 
 def run_folder(args) -> Path:

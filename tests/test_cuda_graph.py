@@ -5,6 +5,7 @@ memory with every number as it was.
 """
 
 import importlib
+import inspect
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,6 +177,26 @@ def test_a_network_with_dropout_is_refused(name, tmp_path, graphs, capsys):
         train(name, tmp_path, "--backbone tests/nets.py:dropout --cuda-graph")
     assert stop.value.code == 2
     assert "--cuda-graph is for networks without dropout" in capsys.readouterr().err
+
+
+def test_a_network_that_reads_from_the_device_is_refused(tmp_path, graphs, monkeypatch, capsys):
+    script = importlib.import_module("wamal")
+    total_loss = script.total_loss
+
+    def reading(*args):
+        return total_loss(*args) * (1 + float(args[0].sum() > 0))
+
+    monkeypatch.setattr(script, "total_loss", reading)
+    with pytest.raises(SystemExit) as stop:
+        train("wamal", tmp_path, "--cuda-graph")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "--cuda-graph cannot hold this network: operation not permitted" in error
+
+
+def test_graphs_are_the_same_text_in_every_script():
+    scripts = [importlib.import_module(n) for n in ("wamal", "maxl", "auxilearn", "maoal")]
+    assert len({inspect.getsource(script.Graph) for script in scripts}) == 1
 
 
 @pytest.mark.parametrize("name", ["wamal", "maxl", "auxilearn", "maoal"])

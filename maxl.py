@@ -315,14 +315,14 @@ def hypergradient(
     soft_labels = label_network(x, y)  # (B, K): the one graph through phi
 
     state = pass_state(primary, x)  # so that the pass at theta can be repeated
-    loss = {"gamma": gamma, "latent": latent}
-    theta_prime = virtual_step(primary, x, y, soft_labels.detach(), primary_lr, **loss)
+    loss_options = {"gamma": gamma, "latent": latent}
+    theta_prime = virtual_step(primary, x, y, soft_labels.detach(), primary_lr, **loss_options)
     v = primary_gradient(primary, theta_prime, x_upper, y_upper, gamma)
     del theta_prime  # its memory, before the last pass
     if difference_step is None:
-        slopes = auxiliary_slopes(primary, v, x, state, **loss)  # (B, K)
+        slopes = auxiliary_slopes(primary, v, x, state, **loss_options)  # (B, K)
     else:
-        slopes = difference_slopes(primary, v, x, state, difference_step, **loss)
+        slopes = difference_slopes(primary, v, x, state, difference_step, **loss_options)
     # the slopes are constants, so that this has the gradient of L_prim(theta'(phi)), not its value
     surrogate = -primary_lr * (soft_labels * slopes).sum(dim=1).mean()
     if not latent:

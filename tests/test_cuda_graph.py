@@ -32,7 +32,7 @@ CASES = [
     ("auxilearn", "--schedule cosine --upper-every 1"),
     ("auxilearn", "--aux-set 0 --upper-every 2"),
     ("auxilearn", "--method human"),
-    ("auxilearn", f"{SCENES} --upper-every 1"),
+    ("auxilearn", f"{SCENES} --upper-every 1 --neumann-steps 1 --upper-batch-size 2"),
     ("auxilearn", f"{SCENES} --method gcs"),
     ("auxilearn", f"{SCENES} --method dwa"),
     ("auxilearn", f"{SCENES} --method uncertainty"),

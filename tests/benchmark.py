@@ -3,7 +3,6 @@
     python tests/benchmark.py                      wamal.py, VGG-16, batch 100, CUDA if there is one
     python tests/benchmark.py --device cpu --repetitions 9
     python tests/benchmark.py --script maxl
-    python tests/benchmark.py --cuda-graph         the script's own steps as CUDA graphs
 
 Each script has its steps in bench_SCRIPT.py: the plain single-task step (trunk, primary head and
 optimiser step), which is the unit; the script's own steps; and the same maths as a textbook would
@@ -78,18 +77,7 @@ def memory_in_a_process(args, name: str) -> float:
     command = [sys.executable, __file__, "--memory-of", name]
     for option in ("script", "backbone", "batch_size", "image_size", "device"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    if args.cuda_graph:
-        command.append("--cuda-graph")
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def as_graphs(variants: dict) -> dict:
-    """The plain step and the script's own as CUDA graphs; what they are compared with stays."""
-    graphs = {}
-    for name, step in variants.items():
-        compared = name.startswith(("textbook", "published"))
-        graphs[name] = step if compared else wamal.Graph(step)
-    return graphs
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -102,7 +90,6 @@ def parse_args(argv=None) -> argparse.Namespace:
     p.add_argument("--image-size", type=int, default=32)
     p.add_argument("--repetitions", type=int, default=7)
     p.add_argument("--device", default="auto")
-    p.add_argument("--cuda-graph", action="store_true")
     p.add_argument("--memory-of", help=argparse.SUPPRESS)  # in the child processes
     return p.parse_args(argv)
 
@@ -110,12 +97,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> dict:
     """Print the table; returns its rows by step."""
     args = parse_args(argv)
-    device = wamal.choose_device(args.device, args.cuda_graph)
+    device = wamal.choose_device(args.device)
     steps = importlib.import_module(f"bench_{args.script}")
     if args.memory_of:
         variants = steps.variants(args, device)
-        if args.cuda_graph:
-            variants = as_graphs(variants)
         for _ in range(2):
             variants[args.memory_of]()
         print(json.dumps(peak_memory_mib(device)))
@@ -124,10 +109,8 @@ def main(argv=None) -> dict:
     # first, because a child's peak starts from what its parent holds
     memory = {name: memory_in_a_process(args, name) for name in steps.PARTS}
     variants = steps.variants(args, device)
-    flops = count_flops(variants)
-    if args.cuda_graph:
-        variants = as_graphs(variants)
     seconds = measure_time(variants, args.repetitions, device)
+    flops = count_flops(variants)
     for name, parts in steps.SUMS.items():
         flops[name] = sum(flops[part] for part in parts)
         rounds = zip(*(seconds[part] for part in parts), strict=True)
@@ -137,7 +120,6 @@ def main(argv=None) -> dict:
     print(
         f"{args.script}, {args.backbone}, batch {args.batch_size}, "
         f"{args.image_size}x{args.image_size}, {device}, torch {torch.__version__}, "
-        f"{'CUDA graphs, ' if args.cuda_graph else ''}"
         f"{torch.get_num_threads()} threads, medians of {args.repetitions}\n"
     )
     print(f"| step | milliseconds | in {unit} steps | floor | images/s | peak MiB |")

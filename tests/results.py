@@ -176,8 +176,15 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def meaning(run: Run) -> str:
-    """Equal for two runs that differ in nothing but their seed."""
-    arguments = {name: value for name, value in run.arguments.items() if name not in NEUTRAL}
+    """Equal for two runs that differ in nothing but their seed.
+
+    An option that is off counts as one that the script of an older run did not have yet.
+    """
+    arguments = {}
+    for name, value in run.arguments.items():
+        off = value is None or value is False
+        if name not in NEUTRAL and not off:
+            arguments[name] = value
     return json.dumps([run.script, arguments], sort_keys=True)
 
 
@@ -666,6 +673,9 @@ def recorded_table(runs: list[Run]) -> str:
     for members, command in zip(groups, commands, strict=True):
         own = [flag for flag in command if flag not in common]
         command = " ".join(["python", f"{members[0].script}.py", *own])
+        if command in rows:
+            folder = members[0].folder
+            raise InputError(f"{folder}: another run has its command, with other arguments")
         cells = describe_group(members)
         rows[command] = f"| `{command}` | {' | '.join(cells[column] for column in columns)} |"
     return "\n".join([*lines, *(rows[command] for command in sorted(rows))]) + "\n"

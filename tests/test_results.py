@@ -411,6 +411,20 @@ def test_runs_without_a_flag_in_common_are_not_said_to_have_one(tmp_path):
     assert results.recorded_table(read_runs([tmp_path])).startswith("The last epoch's metric")
 
 
+def test_an_option_that_came_later_and_is_off_splits_no_group(tmp_path):
+    make_run(tmp_path, seed=0, values=[50.0])
+    make_run(tmp_path, seed=1, values=[52.0], landmarks=False, sizes=None)
+    table = results.recorded_table(read_runs([tmp_path]))
+    assert "| 51.00 +- 12.71 | 50.00, 52.00 | 0 1 |" in table
+
+
+def test_no_row_of_a_table_hides_another(tmp_path):
+    make_run(tmp_path, seed=0, values=[50.0])
+    make_run(tmp_path, seed=1, values=[52.0], landmarks=True)  # not on its command line
+    with pytest.raises(InputError, match="another run has its command"):
+        results.recorded_table(read_runs([tmp_path]))
+
+
 def test_recorded_files_name_no_machine_and_no_folder_of_one():
     for path in RESULTS.rglob("*.json*"):
         assert not re.search(r'["= :]/\w', path.read_text()), path

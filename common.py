@@ -2831,19 +2831,30 @@ def check_trunk(trunk: Features, name: str, image_size: int) -> None:
     if not any(p.requires_grad for p in trunk.parameters()):
         raise InputError(f"backbone {name}, {stripped}, has nothing to train")
 
-    training = trunk.training
     for layout in (torch.channels_last, torch.contiguous_format):
-        try:
-            trunk.layout = layout
-            trunk.to(memory_format=layout)
-            features = trunk.eval()(torch.zeros(2, 3, image_size, image_size))
-        except Exception as error:  # whatever a user's own forward raises
-            reason = one_line(error)
-        else:
-            reason = f"it gives {tuple(features.shape[1:])}"
-        trunk.train(training)
-        if reason == f"it gives ({trunk.width},)":
+        trunk.layout = layout
+        trunk.to(memory_format=layout)
+        fault = find_fault(trunk, image_size)
+        if fault is None:
             return
 
     wanted = f"turn {image_size}x{image_size} images into {trunk.width} features"
-    raise InputError(f"backbone {name}, {stripped}, does not {wanted}: {reason}")
+    raise InputError(f"backbone {name}, {stripped}, does not {wanted}: {fault}")
+
+
+def find_fault(trunk: Features, image_size: int) -> str | None:
+    """What keeps a trunk from giving (B, width) in float32, in evaluation or in training mode."""
+    trunk = copy.deepcopy(trunk)  # in training mode batch norm's statistics move
+    images = torch.zeros(2, 3, image_size, image_size)
+    for mode in ("evaluation", "training"):
+        try:
+            with torch.random.fork_rng(devices=[]):  # dropout
+                features = trunk.train(mode == "training")(images)
+            shape = tuple(features.shape)
+        except Exception as error:  # whatever a user's own forward raises
+            return f"in {mode} mode, {type(error).__name__}: {one_line(error)}"
+        if shape != (2, trunk.width):
+            return f"in {mode} mode two images give {shape}"
+        if features.dtype != torch.float32:
+            return f"in {mode} mode it gives {features.dtype}"
+    return None

@@ -1815,6 +1815,56 @@ def test_check_trunk_takes_channels_last_unless_a_view_forbids_it():
         common.check_trunk(common.strip_classifier(Viewing())[0], "mine", 40)
 
 
+class TwoFaced(nn.Module):
+    """In training mode it gives what `kind` says, in evaluation mode logits."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.body = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Dropout())
+        self.head = nn.Linear(5, 10)
+
+    def forward(self, x):
+        features = self.body(x).mean((2, 3))
+        if self.training and self.kind == "doubled":
+            features = torch.cat([features, features])
+        if self.training and self.kind == "float64":
+            features = features.double()
+        if self.training and self.kind == "error":
+            raise KeyError("target")
+        logits = self.head(features)
+        return (logits, logits) if self.training and self.kind == "pair" else logits
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [
+        ("pair", "in training mode, AttributeError: 'tuple' object has no attribute 'dim'"),
+        ("error", "in training mode, KeyError: 'target'"),
+        ("doubled", r"in training mode two images give \(4, 5\)"),
+        ("float64", "in training mode it gives torch.float64"),
+    ],
+)
+def test_check_trunk_tries_training_mode_too(kind, fault):
+    trunk, _ = common.strip_classifier(TwoFaced(kind))
+    with pytest.raises(InputError, match=f"backbone mine, .* 8x8 images into 5 features: {fault}"):
+        common.check_trunk(trunk, "mine", 8)
+
+
+def test_check_trunk_changes_neither_statistics_nor_random_numbers():
+    trunk, _ = common.strip_classifier(TwoFaced("same"))
+    before = copy.deepcopy(trunk.state_dict())
+    torch.manual_seed(1)
+    common.check_trunk(trunk.eval(), "mine", 8)
+    assert not trunk.training
+    assert torch.initial_seed() == 1
+    torch.testing.assert_close(
+        torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(1))
+    )
+    for name, value in trunk.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_bf16_is_entered_when_asked_for_and_gives_float32():
     trunk, _ = common.strip_classifier(common.convnet4())
     x = torch.randn(8, 3, 32, 32)

@@ -1119,6 +1119,9 @@ def summarize(folder: Path, history: list[dict], metric: str, best=max) -> dict:
 
 def run_seeds(args, train, metric: str) -> dict:
     """Train once for each of --seeds. Of several: the metric's mean and standard deviation."""
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # letters that the terminal lacks
+
     try:
         runs = [argparse.Namespace(**vars(args), seed=seed) for seed in dict.fromkeys(args.seeds)]
         for run in runs:  # an error for the last one must not wait for the others to train

@@ -7,6 +7,7 @@ import argparse
 import ast
 import importlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -633,6 +634,14 @@ def test_seeds_run_in_turn_and_are_summed_up(wamal, tmp_path, capsys):
     assert abs(summary["test_accuracy_std"] - std) < 1e-9
     assert len(list(tmp_path.iterdir())) == 3
     assert f"{mean:.4g} +- {std:.2g}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_terminal_that_lacks_a_folders_letters_shows_escapes(wamal, tmp_path, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    wamal.main(tiny(wamal, tmp_path / "\u2192", "--epochs", 1))
+    terminal.flush()
+    assert rb"\u2192" in terminal.buffer.getvalue().splitlines()[-1]
 
 
 def test_ctrl_c_leaves_a_valid_checkpoint(wamal, tmp_path, capsys):

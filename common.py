@@ -2510,6 +2510,8 @@ def resized_images(path: Path, folder: Path, files: list[str], size: int) -> np.
                     for pixels in pool.map(resized, files[start : start + 256]):
                         file.write(pixels.tobytes())
             os.replace(temporary, path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -699,6 +700,23 @@ def test_faces_are_resized_once_and_the_file_is_checked(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*000001\.jpg"):
         load_celeba(root, size=8)
     assert not list(kept.parent.glob("resized*")), "whole or not at all"
+
+
+def test_a_full_disk_below_the_resized_faces_is_one_line(tmp_path):
+    """Files of this process may not grow beyond half of that one."""
+    resource = pytest.importorskip("resource")
+    root = write_faces(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write then fails with an OSError
+    resource.setrlimit(resource.RLIMIT_FSIZE, (23 * 3 * 8 * 8 // 2, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*resized-8\.npy: File too large"):
+            load_celeba(root, size=8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list((root / FACES).glob("resized*"))
+    assert load_celeba(root, size=8).train.counts == 12
 
 
 @pytest.mark.parametrize(

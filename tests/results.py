@@ -4,6 +4,7 @@
     python tests/results.py compare runs/wamal-*-wamal-s* --against runs/wamal-*-single-s*
     python tests/results.py plot runs/* -o curves.png
     python tests/results.py plot runs/maoal-* -o alpha.png --metric importance    MAOAL's Fig. 4
+    python tests/results.py plot runs/mnist-* -o mnist.png --by tasks    each method's last figures
     python tests/results.py record runs/* --group NAME   copy finished runs to tests/results/NAME/
     python tests/results.py readme                       rebuild tests/results/README.md's tables
 
@@ -522,6 +523,54 @@ def flatten_importance(line: dict) -> dict:
     return flat
 
 
+def draw_by(runs: list[Run], argument: str, metric: str | None = None, baseline: str | None = None):
+    """A matplotlib figure: the metric after the last epoch over an argument, a curve for a method.
+
+    baseline: a method. Each run's metric is then divided by that of this method's run with the
+    same argument and seed. A point is the mean over the seeds, with its 95 % interval.
+    """
+    from matplotlib.figure import Figure
+
+    metric = choose_metric(runs, metric)
+    finals = {}
+    for run in runs:
+        x = run.arguments.get(argument)
+        if not is_number(x):
+            raise InputError(f"{run.folder} has no number {argument} among its arguments")
+        key = (run.arguments["method"], x, run.seed)
+        if key in finals:
+            raise InputError(f"{run.folder}: another run has its method, seed and {argument}")
+        finals[key] = final_value(run, metric)
+
+    points = {}  # values over the seeds by method and x
+    for (method, x, seed), value in finals.items():
+        if baseline == method:
+            continue
+        if baseline is not None:
+            if (baseline, x, seed) not in finals:
+                raise InputError(f"there is no run of {baseline} with {argument} {x}, seed {seed}")
+            value = value / finals[baseline, x, seed]
+        points.setdefault(method, {}).setdefault(x, []).append(value)
+
+    figure = Figure(figsize=(7.0, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for number, (method, values) in enumerate(sorted(points.items())):
+        x = sorted(values)
+        means = [statistics.fmean(values[at]) for at in x]
+        halves = [half_interval(values[at]) or 0.0 for at in x]
+        marker = "osD^vP"[number % 6]
+        axes.errorbar(x, means, yerr=halves, label=method, marker=marker, capsize=4)
+    axes.set_xticks(sorted({x for _, x, _ in finals}))
+    axes.set_xlabel(argument)
+    axes.set_ylabel(label(metric))
+    if baseline is not None:
+        axes.set_ylabel(f"{label(metric).partition(' (')[0]} / that of {baseline}")
+        axes.axhline(1.0, color="gray", linewidth=1)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    return figure
+
+
 def make_title(groups: dict[str, list[Run]]) -> str:
     """What all curves have in common: the data set, and how the seeds are drawn."""
     runs = [run for members in groups.values() for run in members]
@@ -776,6 +825,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     plot.add_argument("runs", **runs)
     plot.add_argument("-o", "--output", required=True, metavar="FILE", help="the picture, as PNG")
     plot.add_argument("--metric", **metric)
+    by = "the last epoch's metric over this argument (--tasks: tasks), a curve for each method"
+    plot.add_argument("--by", metavar="ARGUMENT", help=by)
+    baseline = "with --by: divided by this method's metric for the same argument and seed"
+    plot.add_argument("--baseline", metavar="METHOD", help=baseline)
 
     recording = commands.add_parser("record", help="copy finished runs to tests/results/")
     recording.add_argument("runs", **runs)
@@ -795,8 +848,12 @@ def run_command(args) -> int:
     elif args.command == "plot":
         if not args.output.endswith(".png"):
             raise InputError(f"-o {args.output}: the picture's name must end with .png")
-        runs = read_runs(args.runs, finished=False)
-        if args.metric == "importance":
+        if args.baseline is not None and args.by is None:
+            raise InputError("--baseline goes with --by")
+        runs = read_runs(args.runs, finished=args.by is not None)
+        if args.by is not None:
+            figure = draw_by(runs, args.by, args.metric, args.baseline)
+        elif args.metric == "importance":
             figure = draw_importance(runs)
         else:
             figure = draw(runs, args.metric)

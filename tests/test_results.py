@@ -311,6 +311,45 @@ def test_other_runs_have_no_importance(tmp_path, capsys):
     assert not (tmp_path / "a.png").exists()
 
 
+def test_last_figures_are_drawn_over_an_argument(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    finals = {
+        ("parallel", 2): [4.0, 2.0],
+        ("parallel", 5): [5.0, 10.0],
+        ("soft", 2): [2.0, 3.0],
+        ("soft", 5): [2.0, 5.0],
+    }
+    for (method, tasks), values in finals.items():
+        for seed, value in enumerate(values):
+            folder = tmp_path / "runs" / str(tasks)
+            make_run(folder, method, seed, [9.0, value], name="test_error", tasks=tasks)
+    runs = read_runs([tmp_path / "runs"])
+    (axes,) = results.draw_by(runs, "tasks").axes
+    _, soft = axes.containers
+    assert list(soft[0].get_xdata()) == [2, 5]
+    assert list(soft[0].get_ydata()) == [2.5, 3.5]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("tasks", "test error (%)")
+
+    (axes,) = results.draw_by(runs, "tasks", baseline="parallel").axes
+    (soft,) = axes.containers
+    assert soft.get_label() == "soft"
+    line, caps, _ = soft
+    assert list(line.get_ydata()) == pytest.approx([(0.5 + 1.5) / 2, (0.4 + 0.5) / 2])
+    assert caps[1].get_ydata()[0] == pytest.approx(1.0 + 12.706 * 0.5, abs=1e-3)
+    assert axes.get_ylabel() == "test error / that of parallel"
+
+    plot = ["plot", tmp_path / "runs", "-o", tmp_path / "by.png"]
+    assert results.main([str(a) for a in [*plot, "--by", "tasks", "--baseline", "parallel"]]) == 0
+    assert (tmp_path / "by.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert "--baseline goes with --by" in error_of(capsys, *plot, "--baseline", "soft")
+    assert "no number dataset among" in error_of(capsys, *plot, "--by", "dataset")
+    wrong = [*plot, "--by", "tasks", "--baseline", "hard"]
+    assert "no run of hard with tasks 2, seed 0" in error_of(capsys, *wrong)
+    make_run(tmp_path / "runs" / "again", "soft", 1, [1.0], name="test_error", tasks=5)
+    assert "another run has its method, seed and" in error_of(capsys, *plot, "--by", "tasks")
+
+
 # -------- record, readme -----------------------------------------------------------------------
 
 

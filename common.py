@@ -2823,11 +2823,11 @@ def is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def check_trunk(trunk: Features, name: str, image_size: int) -> None:
-    """Give a stripped classifier on the CPU the fastest memory layout that it runs in.
+    """Try a stripped classifier, still on the CPU, and give it the memory layout of a run.
 
-    That is channels-last, or the usual one where its forward has a .view() that needs it. Raises
-    InputError unless it turns images of `image_size` pixels into features of its width, and has
-    something to train, which tasks can share.
+    That is channels-last, which GPUs and small networks prefer, or the usual one where its forward
+    has a .view() that needs it. Raises InputError unless it turns images of `image_size` pixels
+    into features of its width, and has something to train, which tasks can share.
     """
     stripped = "without the last Linear or 1x1 convolution that it registers"
     if not any(p.requires_grad for p in trunk.parameters()):

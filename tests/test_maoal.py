@@ -1043,6 +1043,14 @@ def test_scenes_train_with_every_method(tmp_path, method):
         assert all(value != 1 for row in importance.values() for value in row.values())
 
 
+def test_a_tenth_of_the_scenes_is_for_validation_and_a_twentieth_is_d_dev():
+    args = maoal.parse_args([*TINY_SCENES, "synthetic-scenes"])
+    args.seed = 0
+    data = maoal.load_data(args)
+    (train,) = data.trains
+    assert [len(train), len(data.dev), len(data.val)] == [340, 20, 40]
+
+
 def test_scenes_of_nyuv2_train_and_are_each_in_one_part(tmp_path):
     write_nyuv2(tmp_path, train=11)
     flags = ["nyuv2", "--data-root", str(tmp_path), "--batch-size", "4"]

@@ -27,6 +27,7 @@ import re
 import shlex
 import statistics
 import sys
+import textwrap
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -710,7 +711,8 @@ def recorded_table(runs: list[Run]) -> str:
     common = [flag for flag in common if not flag.startswith("--mode ")]  # others depend on it
     lines = []
     if common:
-        lines += ["All with", f"`{' '.join(common)}`.", ""]
+        flags = textwrap.wrap(f"`{' '.join(common)}`.", 100, break_on_hyphens=False)
+        lines += ["All with", *flags, ""]
     lines += [
         "The last epoch's metric, mean and half the 95 % t interval over the seeds:",
         "",

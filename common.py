@@ -1612,8 +1612,9 @@ def crop_places(
     """
     scaled = (side * scale).round()[:, None]  # (B, 1)
     slack = scaled - crop
-    steps = u[:, None] * (slack.abs() + 1)
-    offset = slack.sign() * steps.floor()
+    places = slack.abs() + 1
+    steps = (u[:, None] * places).floor()
+    offset = slack.sign() * steps
     at = torch.arange(crop, device=u.device) + offset  # (B, S)
     inside = (at >= 0) & (at < scaled)
     return (at + 0.5) / scaled, inside
@@ -1626,7 +1627,8 @@ def jitter(x: torch.Tensor, saturation: torch.Tensor, hue: torch.Tensor) -> torc
     """
     grey = 0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2]
     grey = grey[:, None]
-    colour = saturation[:, None, None, None] * (x - grey)
+    saturation = saturation[:, None, None, None]
+    colour = saturation * (x - grey)
     x = (grey + colour).clamp(0, 1)
 
     # HSV's value, chroma and hue (in sixths of a turn), each (B, H, W)

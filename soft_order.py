@@ -461,12 +461,10 @@ def mix_layers(s, layers, y, dropout: float = 0.0):
 
         flat = outputs.flatten(3).expand(num_tasks, -1, -1, -1)
         mixed = torch.einsum("tl,tblf->tbf", s[:, :count, k], flat)
-        mixed = mixed.unflatten(2, outputs.shape[3:])
-        if count < num_layers:
-            ones = [1] * (y.dim() - 1)
-            of_identity = s[:, count, k].view(num_tasks, *ones)
-            mixed = mixed + of_identity * y
-        y = mixed
+        if count < num_layers:  # the last one is the identity
+            of_identity = s[:, count, k, None, None]
+            mixed = mixed + of_identity * y.flatten(2)
+        y = mixed.unflatten(2, outputs.shape[3:])
     return y
 
 

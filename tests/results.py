@@ -534,14 +534,16 @@ def draw_by(runs: list[Run], argument: str, metric: str | None = None, baseline:
 
     metric = choose_metric(runs, metric)
     finals = {}
+    groups = {}  # of runs that differ in their seeds
     for run in runs:
+        method = run.arguments["method"]
         x = run.arguments.get(argument)
         if not is_number(x):
             raise InputError(f"{run.folder} has no number {argument} among its arguments")
-        key = (run.arguments["method"], x, run.seed)
-        if key in finals:
+        if (method, x, run.seed) in finals:
             raise InputError(f"{run.folder}: another run has its method, seed and {argument}")
-        finals[key] = final_value(run, metric)
+        finals[method, x, run.seed] = final_value(run, metric)
+        groups.setdefault((method, x), []).append(run)
 
     points = {}  # values over the seeds by method and x
     for (method, x, seed), value in finals.items():
@@ -568,12 +570,16 @@ def draw_by(runs: list[Run], argument: str, metric: str | None = None, baseline:
         axes.set_ylabel(f"{label(metric).partition(' (')[0]} / that of {baseline}")
         axes.axhline(1.0, color="gray", linewidth=1)
     axes.grid(alpha=0.3)
+    axes.set_title(make_title(groups), fontsize="medium")
     axes.legend(fontsize="small")
     return figure
 
 
-def make_title(groups: dict[str, list[Run]]) -> str:
-    """What all curves have in common: the data set, and how the seeds are drawn."""
+def make_title(groups: dict) -> str:
+    """What all curves have in common: the data set, and how the seeds are drawn.
+
+    groups: lists of runs that differ in nothing but their seed, by any name.
+    """
     runs = [run for members in groups.values() for run in members]
     parts = []
     datasets = {run.arguments.get("dataset") for run in runs}

@@ -329,6 +329,7 @@ def test_last_figures_are_drawn_over_an_argument(tmp_path, capsys):
     assert list(soft[0].get_xdata()) == [2, 5]
     assert list(soft[0].get_ydata()) == [2.5, 3.5]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("tasks", "test error (%)")
+    assert axes.get_title() == "synthetic: mean over seeds with 95 % t interval"
 
     (axes,) = results.draw_by(runs, "tasks", baseline="parallel").axes
     (soft,) = axes.containers

@@ -402,10 +402,10 @@ def random_state_kept(x):
 #
 # importance_step's docstring has a whole step as an example.
 #
-# To copy: PrimaryNetwork, Importance, the partition, the section Losses and this one; from
-# common.py strip_classifier, is_linear, Features and InputError. usual_layout only saves a CPU's
-# time. For another loss of predictions, change prediction_loss alone; for another one of theta
-# alone, do as SquaredNorm does in task_loss, task_loss_at and task_gradient.
+# To copy: make_head, PrimaryNetwork, Importance, the partition, the section Losses and this one;
+# from common.py strip_classifier, is_linear, Features and InputError. usual_layout only saves a
+# CPU's time. For another loss of predictions, change prediction_loss alone; for another one of
+# theta alone, do as SquaredNorm does in task_loss and task_loss_at.
 
 
 def module_weighted_gradients(network, batches, modules, a):
@@ -435,10 +435,6 @@ def lower_step(network, optimizer, field: dict) -> None:
 def task_gradient(network, batch, task: int):
     """L_task and its gradients by name, of the parameters that it reaches. No graph is left."""
     theta = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    if isinstance(batch, SquaredNorm):  # known without a graph over all of theta
-        with torch.no_grad():
-            loss = task_loss(network, batch, task)
-        return loss, {name: 2 * batch.weight * p.detach() for name, p in theta.items()}
     loss = task_loss(network, batch, task)
     return loss.detach(), gradient_by_name(loss, theta)
 
@@ -666,10 +662,13 @@ def uncertainty_gradients(network, batches, modules, s):
     Returns the losses (K + 1,), the field by name and the gradient in s, (K + 1,).
     """
     weights = 0.5 * (-s.detach()).exp()
-    # the field has L_0 with the factor 1: its weight is taken out, and put in again
-    ratios = (weights[1:] / weights[0])[:, None].expand(-1, len(modules) + 1)
-    losses, field = module_weighted_gradients(network, batches, modules, ratios)
-    field = {name: weights[0] * gradient for name, gradient in field.items()}
+    losses = []
+    field = {}
+    for i, batch in enumerate(batches):
+        loss, gradients = task_gradient(network, batch, i)
+        losses.append(loss)
+        add_weighted(field, gradients, modules, weights[i].expand(len(modules) + 1))
+    losses = torch.stack(losses)
     return losses, field, 0.5 - losses * weights
 
 
@@ -817,9 +816,12 @@ def train(args) -> dict:
     metric = metric_of(args)
     folder = open_run(args, device)
     history = load_checkpoint(folder, state)
+    samples = f"{len(data.trains[0])} training samples"
+    if data.dev is not None:
+        samples += f", {len(data.dev)} in D_dev"
     print(
-        f"{args.method} on {args.dataset}: {len(data.trains[0])} training samples, "
-        f"{len(data.val)} for validation, {steps} steps an epoch, {device}, seed {args.seed}; "
+        f"{args.method} on {args.dataset}: {samples}, {len(data.val)} for validation, "
+        f"{steps} steps an epoch, {device}, seed {args.seed}; "
         f"auxiliary: {', '.join(data.tasks)}; modules: {', '.join(modules)}"
     )
 
@@ -974,6 +976,8 @@ def load_data(args) -> RunData:
     if dev_size >= len(train):
         raise InputError(f"a D_dev of {dev_size} leaves nothing of {len(train)} training images")
     train, dev = hold_out(train, dev_size / len(train), generator)
+    if len(train) == 0:
+        raise InputError(f"validation and a D_dev of {len(dev)} leave no image to train on")
     hide_labels(train, args.label_fraction, generator)
     if args.method not in BILEVEL:  # they train on D_dev, too, so that all see the same labels
         train = join_splits(train, dev)
@@ -1414,15 +1418,29 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--train-fraction", type=part, default=1.0, help="of each class's training images")
     add("--label-fraction", type=part, default=1.0, help="of these that keep their primary label")
-    add("--dev-size", type=two, help="of D_dev, in each class alike (default: 5 %%; ratings 1000)")
-    add("--dev-batch-size", type=two, help="of L_0(dev), at most (default: 100; ratings: all)")
+    add(
+        "--dev-size",
+        type=two,
+        help="of D_dev (default: 5 %%; ratings 1000, papers' 512); of images about as many, for "
+        "each class gives its share, one at least",
+    )
+    add(
+        "--dev-batch-size",
+        type=two,
+        help="of L_0(dev), at most (default: 100; ratings 1000, papers' 256)",
+    )
     add("--dev-from", choices=["validation", "train"], help="ratings: what D_dev is taken from")
     add("--keep-threes", action="store_true", help="ratings: the published code drops those of 3")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
     add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="that read files")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="maoal", help="single: the primary loss alone")
+    add(
+        "--method",
+        choices=METHODS,
+        default="maoal",
+        help="single: L_0 alone; gcs: by cosine; auxl: AuxiLearn",
+    )
     add("--preset", choices=PRESETS_OF_RATINGS, help="whose formulas (paper; ratings: own)")
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
@@ -1436,7 +1454,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--lower-steps", type=count, help="T (10; files, scenes, papers' ratings 20, synthetic 5)")
     add("--look-back", type=number(int, 0), help="M, terms of p after the first (3; own: 5)")
-    add("--interval", type=whole, default=0, help="validate after every so many loops, too")
+    add("--interval", type=whole, default=0, help="validate after every so many --lower-steps, too")
     add("--relu-importance", action=switch, help="negative alpha counts as 0 (code and own: yes)")
     add("--mean-auxiliary", action=switch, help="auxiliary losses over K (published code: yes)")
     add("--hypergrad-lr", type=rate, help="eta_1 in (7, 9) (--lr; code 1, own 0.01, auxl 1e-4)")
@@ -1462,7 +1480,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lr", type=rate, help="of theta, eta_1 (0.1; files 1e-4, ratings 1e-3 or 3e-3)")
     add("--momentum", type=share, help="of theta's SGD (default: 0.9)")
     add("--weight-decay", type=factor, help="of theta (default: 5e-4; ratings 0)")
-    add("--upper-optimizer", choices=["sgd", "momentum", "adam"], help="of alpha (default: adam)")
+    add(
+        "--upper-optimizer",
+        choices=["sgd", "momentum", "adam"],
+        help="of alpha (adam; auxl, published ratings: momentum)",
+    )
     add("--upper-lr", type=rate, help="of alpha, eta_2 (0.01; auxl 0.001, own 0.05)")
     add("--upper-weight-decay", type=factor, help="of alpha (code, auxl: 5e-4)")
 
@@ -1480,6 +1502,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error(f"unknown dataset {args.dataset!r}; the sets are {', '.join(SETS)}")
     if has_ratings and (args.backbone or args.pretrained or args.image_size):
         p.error(f"--backbone, --pretrained and --image-size are not for --dataset {kind}")
+    if kind == PEOPLE and args.image_size:
+        p.error(f"--image-size is not for --dataset {PEOPLE}, whose images have 32 pixels")
     if kind in SCENE_SETS and (args.pretrained or args.image_size or args.head_hidden):
         p.error(f"--pretrained, --image-size and --head-hidden are not for --dataset {kind}")
     if kind in (*RATING_SETS, *SCENE_SETS) and min(args.train_fraction, args.label_fraction) < 1:

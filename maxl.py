@@ -239,7 +239,8 @@ def total_loss(
 # along v in one forward-mode pass of f, and an ordinary backward pass through g does the rest. A
 # latent vector's squared error is linear in it, too, in the only part in which theta and phi meet.
 #
-# To copy: the sections Networks (with common.strip_classifier), Losses and this one.
+# To copy: the sections Networks, Losses and this one; from common.py strip_classifier, is_linear,
+# Features and InputError.
 
 
 def primary_step(primary, optimizer, x, y, labels=None, gamma: float = 2.0, latent: bool = False):
@@ -399,7 +400,7 @@ def auxiliary_costs(primary, theta: dict, x, state, **loss_options):
 def pass_state(network, x):
     """What decides a pass beside parameters and x: the buffers, and where dropout's masks start."""
     buffers = {name: b.clone() for name, b in network.named_buffers()}
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a Graph, so there is no dropout
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # --cuda-graph refuses dropout
         return buffers, None
     return buffers, default_generator(x).get_state()
 
@@ -748,8 +749,8 @@ def gradient_cosine(primary, x, y, labels, gamma: float = 2.0):
 def write_classes(folder, label_network, split, batches, image_set, device):
     """Which training images each generated class holds, into `folder`.
 
-    A picture for each primary class, a row for each of its auxiliary classes that holds images with
-    the 10 surest ones; and a table of these classes.
+    A picture for each primary class, in each row the 10 surest images of one of its auxiliary
+    classes, empty ones left out; and a table of these classes.
     batches: of `split`, in order and without augmentation, of all of it or of its beginning. g is
     in eval mode, so that an image's label does not depend on its neighbours.
     """
@@ -835,13 +836,24 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="maxl", help="maxl-latent: vectors; random: fixed")
+    add(
+        "--method",
+        choices=METHODS,
+        default="maxl",
+        help="maxl-latent: vectors for labels; random: random ones",
+    )
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--label-backbone", help="of the label network (default: the same)")
-    add("--pretrained", action="store_true", help="start from ImageNet weights")
+    switch = argparse.BooleanOptionalAction
+    add("--pretrained", action=switch, default=False, help="start from ImageNet weights")
     add("--aux-level", type=count, help="psi as in cifar100's level N (default: 100)")
-    add("--psi", type=number(int, 1, 9999), nargs="+", help="sub-classes a class (default: 5)")
-    add("--entropy-weight", type=factor, default=0.2, help="of H, (6), in g's objective")
+    add(
+        "--psi",
+        type=number(int, 1, 9999),
+        nargs="+",
+        help="made-up sub-classes a class (default: 5)",
+    )
+    add("--entropy-weight", type=factor, default=0.2, help="of H, (6); labels only")
     add("--loss", choices=GAMMA, default="focal", help="of both tasks")
     add("--no-mask", action="store_true", help="softmax over all auxiliary classes, not (4)")
     add("--same-iteration", action="store_true", help="both networks learn from each batch in turn")
@@ -858,9 +870,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--momentum", type=share, help="of f's SGD (default: cifar100 0, others 0.9)")
     add("--weight-decay", type=factor, help="of f (default: cifar100 0, others 5e-4)")
     add("--label-weight-decay", type=factor, default=5e-4, help="of g")
-    add("--schedule", choices=SCHEDULES, help="step: halved every 50 epochs, as for cifar100")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        help="step: halved every 50 epochs (cifar100; others cosine)",
+    )
     add("--amp", choices=["none", "bf16"], default="none", help="bf16: trunks run under autocast")
-    add("--cosine-batches", type=whole, default=0, help="an epoch, to log the gradients' cosine of")
+    add(
+        "--cosine-batches", type=whole, default=0, help="an epoch whose gradients' cosine is logged"
+    )
     add(
         "--refresh-statistics", action="store_true", help="of BatchNorm, by a pass before each test"
     )

@@ -36,7 +36,6 @@ equations' numbers are ours:
 
 import argparse
 import io
-import itertools
 import json
 import math
 import os
@@ -223,14 +222,14 @@ class Supernet(nn.Module):
     sources: for both networks and each stage, the other network's stages that feed it (sources_of);
         [] for no fusion.
     searched: each edge has a logit: alpha, (E,) for each network.
-    init: of the fusion layers; "cross-stitch" makes them so.
+    init: (w_t, w_s) or None, as for Fusion.
+    cross_stitch: CrossStitch in place of Fusion.
     at_pools: a stage ends with a pool, not with a convolution.
     shared: one trunk, two heads, no fusion.
 
     Called with x (B, 3, H, W) in [0, 1], returns logits (B, K, H, W) and normals (B, 3, H, W) of
     any length.
     gates: c of each network's incoming edges, two tensors (E,); None: all 1.
-    fusions: what takes the fusion layers' place, from fold_fusions.
     """
 
     def __init__(
@@ -242,6 +241,7 @@ class Supernet(nn.Module):
         sources,
         searched: bool = False,
         init=(1.0, 0.0),
+        cross_stitch: bool = False,
         at_pools: bool = False,
         shared: bool = False,
     ):
@@ -250,13 +250,19 @@ class Supernet(nn.Module):
         channels = trunks[0][1]
         self.trunks = nn.ModuleList(trunk for trunk, _ in trunks)
         self.heads = nn.ModuleList(build_head(channels[-1], width, n) for n in (num_classes, 3))
-        pools = [end - 1 for end in itertools.accumulate(stages + 1 for stages in depth)]
-        self.ends = [k for k in range(len(channels)) if (k in pools) == at_pools]  # of the stages
+
+        convolutions = []
+        pools = []
+        for stages in depth:
+            first = len(convolutions) + len(pools)
+            convolutions += range(first, first + stages)
+            pools.append(first + stages)
+        self.ends = pools if at_pools else convolutions  # of the stages, in the trunk
         self.fusions = nn.ModuleList()
         for net in sources:
             stages = nn.ModuleList()
             for end, stage_sources in zip(self.ends, net, strict=True):
-                if init == "cross-stitch":
+                if cross_stitch:
                     stages.append(CrossStitch(stage_sources))
                 else:
                     stages.append(Fusion(channels[end], stage_sources, init))
@@ -274,24 +280,22 @@ class Supernet(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x, gates=None, fusions=None):
-        if fusions is None:
-            fusions = self.fusions
+    def forward(self, x, gates=None):
         o = [255 * x - self.mean for _ in self.trunks]
         h = [[] for _ in self.trunks]  # each network's stages before fusion
         for k in range(len(self.trunks[0])):
             for net, trunk in enumerate(self.trunks):
                 o[net] = trunk[k](o[net])
-            if len(fusions) and k in self.ends:
+            if len(self.fusions) and k in self.ends:
                 stage = len(h[0])
                 for net in range(2):  # both networks', before either is fused
                     h[net].append(o[net])
                 for net in range(2):
-                    fusion = fusions[net][stage]
+                    fusion = self.fusions[net][stage]
                     others = [h[1 - net][j] for j in fusion.sources]
                     c = None
                     if gates is not None:
-                        c = split_gates(fusions[net], gates[net])[stage]
+                        c = split_gates(self.fusions[net], gates[net])[stage]
                     o[net] = fusion(o[net], others, c)
         logits = self.heads[0](o[0])  # (B, K, h, w), an eighth of H and W
         normals = self.heads[1](o[-1])
@@ -307,40 +311,6 @@ def split_gates(fusions, gates):
     if len(gates) != sum(counts):
         raise ValueError(f"{len(gates)} gates for {sum(counts)} edges")
     return gates.split(counts)
-
-
-class FoldedFusion:
-    """A fusion layer for testing: its dead edges are gone, and batch norm is in the products.
-
-    sources: the stages that are left, k of them.  weight: (1 + k, C, C).  bias: (C,).
-    Called as Fusion is; it has no gates.
-    """
-
-    def __init__(self, fusion: Fusion, on: list[bool]):
-        live = [k for k in range(len(on)) if on[k]]
-        self.sources = [fusion.sources[k] for k in live]
-        bn = fusion.bn
-        scale = bn.weight * (bn.running_var + bn.eps).rsqrt()  # (C,)
-        self.weight = scale[:, None] * fusion.weight[[0, *(1 + k for k in live)]]
-        self.bias = bn.bias - scale * bn.running_mean
-
-    def __call__(self, own, others, gates=None):
-        z = conv1x1(own, self.weight[0], self.bias)
-        for weight, other in zip(self.weight[1:], others, strict=True):
-            z = z + conv1x1(other, weight)
-        return F.relu(z, inplace=True)
-
-
-def fold_fusions(fusions, gates) -> list[list[FoldedFusion]]:
-    """A Supernet's fusion layers in eval mode with gates of 0 and 1: dead edges cost nothing.
-
-    gates: for each network bool (E,).
-    """
-    folded = []
-    for net, on in zip(fusions, gates, strict=True):
-        stages = zip(net, split_gates(net, on), strict=True)
-        folded.append([FoldedFusion(fusion, stage.tolist()) for fusion, stage in stages])
-    return folded
 
 
 # -------- Losses ----------------------------------------------------------------------------------
@@ -582,13 +552,9 @@ class GeneratorState:
 
 def build_network(args, num_classes: int, device) -> Supernet:
     """The method's graph, with the weights that the flags ask for."""
-    init = args.fusion_init
-    if args.method == "cross-stitch":
-        init = "cross-stitch"
-    elif init == "random":
-        init = None
-    else:
-        init = tuple(float(w) for w in init.split(","))
+    init = None
+    if args.fusion_init != "random":
+        init = tuple(float(w) for w in args.fusion_init.split(","))
     network = Supernet(
         num_classes,
         args.width,
@@ -596,6 +562,7 @@ def build_network(args, num_classes: int, device) -> Supernet:
         sources=build_sources(args),
         searched=args.method == "mtl-nas",
         init=init,
+        cross_stitch=args.method == "cross-stitch",
         at_pools=args.method in ("nddr", "cross-stitch"),
         shared=args.method == "multi-task",
     )
@@ -618,8 +585,7 @@ def build_sources(args) -> list[list[list[int]]]:
         generator = torch.Generator().manual_seed(args.seed)
         sources = []
         for _ in range(2):
-            coins = [float(torch.rand((), generator=generator)) for _ in candidates]
-            drawn = [edge for edge, coin in zip(candidates, coins, strict=True) if coin < 0.5]
+            drawn = [edge for edge in candidates if torch.rand((), generator=generator) < 0.5]
             sources.append(sources_of(drawn, num_stages))
         return sources
     return [sources_of(candidates, num_stages)] * 2
@@ -673,11 +639,11 @@ def evaluate(network, loader, discretization: str, generator) -> dict:
     angles = 0
     encoded_angles = 0
     for x, (segmentation, _, normals), _ in loader:
-        fusions = None
+        gates = None
         if len(network.alpha):
-            gates = [discretize(alpha, discretization, generator) for alpha in network.alpha]
-            fusions = fold_fusions(network.fusions, gates)
-        logits, prediction = network(x, fusions=fusions)
+            edges = [discretize(alpha, discretization, generator) for alpha in network.alpha]
+            gates = [is_on.float() for is_on in edges]
+        logits, prediction = network(x, gates)
         batch_loss, _, _ = task_losses(logits, prediction, segmentation, normals)
         loss = loss + batch_loss / len(loader)
         confusion = confusion + confusion_matrix(logits, segmentation)
@@ -879,7 +845,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add = p.add_argument_group("data").add_argument
     add("--dataset", default="nyuv2-40", help="one of " + ", ".join(DATASETS))
     add("--data-root", default="data", help="folder of the data sets")
-    add("--crop", type=number(int, 16, 4096), help="side of crops (default: 321; synthetic 48)")
+    add(
+        "--crop",
+        type=number(int, 16, 4096),
+        help="side of crops (default: 321; synthetic 48, and that of the scenes themselves)",
+    )
 
     add = p.add_argument_group("method").add_argument
     add("--method", choices=METHODS, default="mtl-nas", help="the search, or a fixed graph")
@@ -888,7 +858,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--discretization", choices=GATES, default="stochastic", help="gates of the test, (5)")
     add("--entropy-weight", type=factor, default=10.0, help="factor of L_ent, (6)")
     add("--fusion-lr-scale", type=factor, default=100.0, help="fusion layers' rate over --lr")
-    add("--fusion-init", choices=INITS, help="w_t, w_s (default: 1,0; supernet, nddr 0.9,0.1)")
+    add(
+        "--fusion-init",
+        choices=INITS,
+        metavar="W_T,W_S",
+        help="0,1 0.1,0.9 0.2,0.8 0.5,0.5 0.8,0.2 0.9,0.1 1,0 or random (default: 1,0; supernet, "
+        "nddr 0.9,0.1)",
+    )
     add("--width", type=number(int, 1, 512), help="of the first stage (default: 64; synthetic 8)")
     add(
         "--depth",
@@ -936,7 +912,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     if args.pretrained is None:
         args.pretrained = is_vgg16 and not synthetic
     if args.fusion_init is not None and args.method in ("multi-task", "single", "cross-stitch"):
-        p.error(f"--fusion-init is not for {args.method}, which has no fusion layers")
+        p.error(f"--fusion-init is not for {args.method}, which has no NDDR fusion")
     if args.weight_relaxation is None:
         args.weight_relaxation = args.relaxation
     if args.fusion_init is None:

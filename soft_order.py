@@ -597,7 +597,7 @@ def train(args) -> dict:
             "iterations": done + steps,
             "loss": float(loss_sum) / steps,
         }
-        metrics.update(speed(steps * batch_size * len(tasks.names), began, device))
+        metrics.update(speed(steps * batch_size * len(tasks.train.counts), began, device))
         if args.dataset == "celeba":
             metrics["optimizer"] = type(stepper).__name__
             metrics.update(evaluate_faces(network, tasks.validation.to(device), "validation"))
@@ -616,17 +616,25 @@ def train(args) -> dict:
     if args.method == "soft":
         names = tasks.names + ["landmarks"] * args.landmarks
         write_scalings(folder, names, history, args.identity_layer)
-        draw_scalings(folder, history)
+        draw_scalings(folder, history[-1])
     if args.dataset == "fours":
         write_sweeps(folder, network, samples)
     return summarize(folder, history, f"{part}_error", best=min)
 
 
 def has_converged(history: list[dict]) -> bool:
-    """Whether the validation loss has ever not become lower in two evaluations (A.4)."""
-    losses = [line["validation_loss"] for line in history]
-    splits = range(1, len(losses) - 1)
-    return any(min(losses[n : n + 2]) >= min(losses[:n]) for n in splits)
+    """Whether two evaluations in a row have not lowered the validation loss (A.4)."""
+    lowest = math.inf
+    waited = 0
+    for line in history:
+        if line["validation_loss"] < lowest:
+            lowest = line["validation_loss"]
+            waited = 0
+        else:
+            waited += 1
+        if waited == 2:
+            return True
+    return False
 
 
 # -------- Data and networks of the run ------------------------------------------------------------
@@ -768,16 +776,18 @@ def evaluate(network, samples: Samples, part: str) -> dict:
 
 @torch.no_grad()
 def evaluate_faces(network: FaceNetwork, faces: Faces, part: str) -> dict:
-    """The same for the attributes of faces."""
+    """The same for the attributes of faces; the loss counts learned landmarks, too (A.3)."""
     network.eval()
     count = int(faces.counts)
     wrong = 0
     loss = 0
     for rows in torch.arange(count).split(128):
-        x, (y, _) = faces.take(rows[None])
-        logits, _ = network(x)
-        wrong = wrong + (logits.argmax(dim=2) != y).sum(dim=1)
-        loss = loss + sample_losses(logits, y).sum()
+        x, y = faces.take(rows[None])
+        outputs = network(x)
+        logits, _ = outputs
+        classes, _ = y
+        wrong = wrong + (logits.argmax(dim=2) != classes).sum(dim=1)
+        loss = loss + len(rows) * face_loss(outputs, y)
     network.train()
 
     errors = 100 * wrong / count
@@ -857,38 +867,20 @@ def scale_table(labels: list[str], scales: list[list[float]]) -> list[str]:
     return lines
 
 
-def draw_scalings(folder: Path, history: list[dict]) -> None:
+def draw_scalings(folder: Path, last: dict) -> None:
     """The same as pictures; a row of squares is a layer, the first on top, and a column a depth.
 
     paths.png: each task's scalings, 1 is black; the largest at a depth in red (Fig. 4d).
     use.png: their mean over the tasks, the largest is black (Figs. 6b, 7a-b).
-    distance.png: by iteration, the distances of the layers, the first one in black and the last in
-        light blue (Fig. 4b), and hardness in red (Fig. 4c); the largest of all is the upper edge.
     """
-    s = torch.tensor(history[-1]["scales"])  # (T, L, D)
+    s = torch.tensor(last["scales"])  # (T, L, D)
     on_path = s == s.amax(dim=1, keepdim=True)
     tasks = torch.stack([(1 - s).where(~on_path, 1.0), 1 - s, 1 - s], dim=1)  # red, green, blue
     write_picture(folder / "paths.png", enlarge(tasks))
 
-    use = torch.tensor(history[-1]["use"])
+    use = torch.tensor(last["use"])
     use = 1 - use / use.max()
     write_picture(folder / "use.png", enlarge(use.expand(1, 3, -1, -1)))
-
-    curves = torch.tensor([[*line["distance"], line["hardness"]] for line in history]).T
-    heights = F.interpolate(curves[None] / curves.max(), 400, mode="linear", align_corners=True)[0]
-    rows = 200 - 196 * heights  # (curves, 400)
-    before = torch.cat([rows[:, :1], rows[:, :-1]], dim=1)
-    y = torch.arange(204)[:, None]
-    picture = torch.ones(3, 204, 400)
-    last = len(curves) - 1  # hardness
-    for i in range(len(curves)):
-        light = 0.8 * i / len(curves)
-        colour = [light, light, min(1.0, 2 * light)]
-        if i == last:
-            colour = [1.0, 0.0, 0.0]
-        drawn = (y >= before[i].minimum(rows[i]) - 1) & (y <= before[i].maximum(rows[i]) + 1)
-        picture = torch.where(drawn, torch.tensor(colour)[:, None, None], picture)
-    write_picture(folder / "distance.png", picture)
 
 
 def enlarge(cells):
@@ -930,7 +922,7 @@ def write_sweeps(folder: Path, network: MultiTaskNetwork, samples: Samples) -> N
     change = images[:, 9] - images[:, 1]
     size = change.square().mean(dim=1).sqrt()
     lines = ["change of brightness, its root mean square, and its correlation with each row's"]
-    for i, row in enumerate(change.corrcoef().tolist()):
+    for i, row in enumerate(torch.atleast_2d(change.corrcoef()).tolist()):
         lines.append(f"{size[i]:8.4f}" + "".join(f"{value:8.3f}" for value in row))
     write_text(folder / "sweeps.txt", "\n".join(lines) + "\n")
 
@@ -1024,7 +1016,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataset", choices=RECIPES, default="mnist", help="fours: Table 1; random: Fig. 2")
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--tasks", type=count, help="how many (default: 10, omniglot 50, celeba 40, random 2)")
-    add("--task-names", nargs="+", help="pairs of digits like 3-8, tables, ..")
+    add("--task-names", nargs="+", help="mnist: pairs like 3-8; uci, omniglot, celeba: names")
     add("--test-fraction", type=number(float, 1e-6, 0.99), help="default: uci 0.2, omniglot 0.1")
     add("--image-size", type=count, help="celeba: side in pixels (default: 224)")
     add("--samples", type=count, help="random: samples of each task (default: 128)")
@@ -1033,7 +1025,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--method", choices=METHODS, default="soft", help="single: layers of its own for each task")
     add("--depth", type=number(int, 1, 99), help="core layers (default: 4, random 2, synthetic 3)")
     add("--activation", choices=["relu", "linear"], help="random: linear is Fig. 2a, relu Fig. 2b")
-    add("--dropout", type=share, help="of layers' outputs (default: 0.5, uci 0.8, made-up data 0)")
+    add("--dropout", type=share, help="of layers' outputs (0.5; uci 0.8, fours and made-up data 0)")
     add("--identity-layer", action="store_true", help="soft: mix in each depth's input, too (4.4)")
     add("--landmarks", action="store_true", help="celeba: five landmarks' places as one more task")
     add("--backbone", help="celeba: resnet50, any of torchvision's models, FILE.py:FUNCTION")
@@ -1043,7 +1035,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--epochs", type=count, help="of --epoch-steps iterations (default: until --max-steps)")
     add("--epoch-steps", type=count, help="iterations between evaluations (500, celeba 5000)")
     add("--max-steps", type=count, help="iterations (mnist 20000, uci 10000, celeba 100000, ..)")
-    add("--batch-size", type=count, help="a task (default: 64, uci 32, omniglot 1, random all)")
+    add(
+        "--batch-size",
+        type=count,
+        help="a task (64; uci, celeba 32, omniglot 1; fours, random all)",
+    )
     add("--lr", type=rate, default=1e-3, help="of Adam; celeba ends with RMSProp at 1e-5")
 
     add = p.add_argument_group("run").add_argument

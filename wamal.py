@@ -233,7 +233,8 @@ def total_loss(primary_logits, auxiliary_logits, y, labels, weight):
 # and L_aux is linear in the labels: auxiliary_slopes finds how fast the cost of every class changes
 # along v in one forward-mode pass of f, and an ordinary backward pass through g does the rest.
 #
-# To copy: the sections Networks (with common.strip_classifier), Losses and this one.
+# To copy: the sections Networks, Losses and this one; from common.py strip_classifier, is_linear,
+# Features and InputError.
 
 
 def primary_step(primary, optimizer, x, y, labels=None, weight=1.0):
@@ -371,7 +372,7 @@ def auxiliary_slopes(primary, v: dict, x, state):
 def pass_state(network, x):
     """What decides a pass beside parameters and x: the buffers, and where dropout's masks start."""
     buffers = {name: b.clone() for name, b in network.named_buffers()}
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a Graph, so there is no dropout
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # --cuda-graph refuses dropout
         return buffers, None
     return buffers, default_generator(x).get_state()
 
@@ -459,7 +460,9 @@ def train(args) -> dict:
         loss_sum = torch.zeros((), device=device)
         norm_sum = torch.zeros((), device=device)
         correct = torch.zeros((), device=device)
-        made = []  # (index, w, top label) of each batch of phase 1
+        indices = []  # of each batch of phase 1, with its w and top labels
+        ws = []
+        top_labels = []
 
         # This epoch's steps, at its learning rate
         bind = Graph if args.cuda_graph else partial
@@ -486,7 +489,9 @@ def train(args) -> dict:
                 with torch.no_grad():
                     labels, w = make_labels(x, y)
                 weight = auxiliary_weight(w, **weight_options)
-                made.append((index, w, labels.argmax(dim=1)))
+                indices.append(index)
+                ws.append(w)
+                top_labels.append(labels.argmax(dim=1))
             loss, logits = step_on_theta(x, y, labels, weight)
             loss_sum += loss
             correct += (logits.argmax(dim=1) == y).sum()
@@ -516,13 +521,20 @@ def train(args) -> dict:
             "train_accuracy": 100 * float(correct) / (steps * args.batch_size),
         }
         if label_network is not None:
-            index, w, top_label = [torch.cat(column).cpu() for column in zip(*made, strict=True)]
+            seen = torch.cat(indices).cpu()
+            used = torch.cat(top_labels).unique()
             metrics["label_lr"] = label_optimizer.param_groups[0]["lr"]
             metrics["hypergradient_norm"] = float(norm_sum) / steps
-            metrics["labels_used"] = len(top_label.unique()) / label_network.psi.sum().item()
-            y = train_split.labels[index]
-            r = weight_options["r"]
-            metrics.update(describe_weights(w, y, noisy[index], r, image_set.num_classes))
+            metrics["labels_used"] = len(used) / label_network.psi.sum().item()
+            metrics.update(
+                describe_weights(
+                    torch.cat(ws).cpu(),
+                    train_split.labels[seen],
+                    noisy[seen],
+                    weight_options["r"],
+                    image_set.num_classes,
+                )
+            )
         metrics.update(speed(phases * steps * args.batch_size, began, device))
         metrics.update(evaluate(primary, test_loader))
         check_finite(metrics, "loss", "hypergradient_norm", "test_loss")
@@ -559,6 +571,7 @@ def load_data(args):
     aux_set = None
     if args.aux_set:
         train_split, aux_set = hold_out(train_split, args.aux_set, generator)
+    # last, so that the test and auxiliary sets keep their true labels
     train_split, noisy = corrupt_labels(
         train_split, args.label_noise, image_set.num_classes, generator
     )
@@ -648,7 +661,7 @@ def evaluate(primary, loader) -> dict:
 
 
 def describe_weights(w, y, noisy, r: float, num_classes: int) -> dict:
-    """An epoch's figures on the weights that g gave.
+    """An epoch's figures on the weights that g gave: Eq. 10's, not yet normalised or averaged.
 
     w: (N,) in [0, 1], before Eq. 10.  y: (N,) classes of those samples.  noisy: (N,) bool, whose
     labels were made wrong. The shares at the bounds are w's, all other figures the weight's.
@@ -762,7 +775,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="share of each class")
     add("--validation", type=share, default=0.0, help="share of training images to test on")
-    add("--label-noise", type=share, default=0.0, help="share of training labels made wrong")
+    add(
+        "--label-noise",
+        type=share,
+        default=0.0,
+        help="share of training labels made wrong, not --aux-set's",
+    )
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
     add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")
 
@@ -771,7 +789,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--label-backbone", help="of the label network (default: the same)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet weights")
-    add("--psi", type=number(int, 1, 9999), nargs="+", default=[5], help="sub-classes a class")
+    add(
+        "--psi",
+        type=number(int, 1, 9999),
+        nargs="+",
+        default=[5],
+        help="made-up sub-classes a class",
+    )
     add("--r", type=factor, default=5.0, help="range of the weights, 2^-r to 2^r (Eq. 10)")
     add("--weighting", choices=["sample", "batch"], default="sample", help="Eq. 5, or batch means")
     add("--normalize-weights", action="store_true", help="scale a batch's weights to mean 1 (A.9)")
@@ -788,7 +812,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--optimizer", choices=["sgd", "adam", "adamw"], default="sgd", help="of both networks")
     add("--lr", type=rate, help="of f and the virtual step (default: 0.01; pretrained ViT 5e-4)")
-    add("--label-lr", type=rate, help="of g (default: 1e-3; pretrained ResNet-50 0.01)")
+    add("--label-lr", type=rate, help="of g (default: 1e-3; pretrained 0.01, ViT 1e-3)")
     add("--momentum", type=share, default=0.0, help="of f's SGD")
     add("--weight-decay", type=factor, default=0.0, help="of f")
     add("--label-weight-decay", type=factor, default=5e-4, help="of g")

@@ -1078,6 +1078,17 @@ def test_the_data_set_decides_the_defaults():
     assert small == [0.5, 7, 8, 3]
 
 
+def test_the_logged_losses_and_weights_add_up_to_the_loss(tmp_path):
+    """The linear combination's; and without a step on phi there is no gradient to log."""
+    flags = "--dataset synthetic --max-steps 3 --upper-every 100"
+    (line,) = metrics_of(run_with(flags, tmp_path))
+    found = line["primary_weight"] * line["primary_loss"]
+    found += line["auxiliary_weight"] * line["auxiliary_loss"]
+    assert found == pytest.approx(line["loss"], rel=1e-4)
+    assert line["auxiliary_weight"] == pytest.approx(0.25, abs=0.01)
+    assert "hypergradient_norm" not in line
+
+
 @pytest.mark.parametrize("combiner", ["linear", "conv"])
 def test_nyuv2_runs_on_made_files(combiner, tmp_path):
     write_nyuv2(tmp_path, train=12, test=3, height=32, width=48)

@@ -825,6 +825,12 @@ def test_wrong_arguments_get_one_line_and_code_2(script, tmp_path, capsys, argum
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
 
+def test_no_pretrained_is_known_to_each_script_that_advises_it(script):
+    """The error of weights that cannot be had names it: common.load_pretrained."""
+    dataset = ["--dataset", "celeba"] if name_of(script) == "soft_order" else []
+    assert script.parse_args([*dataset, "--no-pretrained"]).pretrained is False
+
+
 def test_a_wrong_argument_from_the_shell(wamal, tmp_path):
     """Also that Python's own traceback and the usage text stay away."""
     command = [sys.executable, wamal.__file__, *tiny(wamal, tmp_path), "--lr", "nan"]

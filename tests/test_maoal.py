@@ -1384,6 +1384,8 @@ def test_recipes(dataset, expected):
         ("--auxiliary-weight -1", "'-1'"),
         ("--method single --auxiliary-weight 0.5", "not for --method single"),
         ("--dataset synthetic --dev-size 5000", "leaves nothing"),
+        ("--dataset synthetic --dev-size 899", "leave no image to train on"),
+        ("--image-size 64", "--image-size is not for --dataset cifar100-people"),
         ("--dataset synthetic-scenes --dev-size 360", "leaves nothing of 400 training scenes"),
         ("--dataset synthetic-scenes --backbone resnet18", "ResNet has none"),
         ("--dataset nyuv2 --pretrained", "not for --dataset nyuv2"),

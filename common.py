@@ -7,12 +7,13 @@
 
 In this order:
 
-    Image sets        load_image_set, load_cub200_parts, load_cifar100_people; subsets of splits
+    Image sets        load_image_set, load_cub200_attributes, load_cub200_parts,
+                      load_cifar100_people; subsets of splits
     Image loaders     make_loader, forever, rotate_randomly
     Scene sets        load_scene_set, SceneLoader; SceneCrops and augment for training on crops
     Ratings           load_rating_set, split_ratings, RatingLoader
     Task collections  make_random_tasks, make_order_tasks, load_mnist_pairs, load_uci,
-                      load_omniglot, load_celeba, TaskLoader
+                      load_fours, load_omniglot, load_celeba, TaskLoader, FaceLoader
     Backbones         build_backbone, strip_classifier, check_trunk, SegNet
 
 A loader that draws random numbers owns their generator: `state_dict()` and `load_state_dict(state)`
@@ -33,6 +34,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -67,9 +69,7 @@ def reading(path: Path):
         yield
     except InputError:
         raise
-    except FileNotFoundError as error:
-        raise InputError(f"no file {error.filename or path}") from error
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         hint = f"pip install {error.name}"
         raise InputError(f"reading {path} needs the package {error.name}: {hint}") from error
     except KeyError as error:
@@ -78,6 +78,8 @@ def reading(path: Path):
         # the one has no message, the other's is torch's advice to run what is in the file
         raise InputError(f"cannot read {path}: it is damaged, or another kind of file") from error
     except Exception as error:  # pickles, archives and images fail in a dozen ways: damaged files
+        if isinstance(error, FileNotFoundError) and error.filename is not None:
+            raise InputError(f"no file {error.filename}") from error
         raise InputError(f"cannot read {path}: {one_line(error)}") from error
 
 
@@ -104,11 +106,14 @@ def ensure_files(name: str, files: list[Path], download: Callable[[], object], h
         return
 
     try:
-        files[0].parent.mkdir(parents=True, exist_ok=True)
         download()
     except Exception as error:
         reason = f"downloading failed ({one_line(error)})"
         raise InputError(f"{name}: no {missing[0]}, and {reason}; {hint}") from error
+
+    missing = [file for file in files if not file.exists()]
+    if missing:
+        raise InputError(f"{name}: no {missing[0]}, even after downloading; {hint}")
 
 
 ####################################################################################################
@@ -537,6 +542,7 @@ def load_food101(root: Path) -> ImageSet:
 
 def find_cub200(root: Path) -> Path:
     """The folder CUB_200_2011 under `root`, downloaded if it is not there."""
+    root = root.expanduser()
     folder = root / "CUB_200_2011"
     names = ["images.txt", "image_class_labels.txt", "train_test_split.txt", "images"]
 
@@ -594,14 +600,17 @@ def load_cub200_attributes(root: str | Path) -> tuple[torch.Tensor, torch.Tensor
     """
     folder = find_cub200(Path(root))
     path = folder / "attributes" / "image_attribute_labels.txt"
-    with reading(path):
-        lines = [line for line in path.read_text().splitlines() if line]
-        # a few official rows carry stray columns after the fourth: no parser of fixed width
-        rows = np.array([line.split(maxsplit=4)[:4] for line in lines], dtype=np.int64)
+    with reading(path), warnings.catch_warnings():
+        warnings.simplefilter("error")  # an empty file is only warned of
+        # a few official rows carry stray columns after the fourth
+        rows = np.loadtxt(path, dtype=np.int64, usecols=range(4), ndmin=2)
 
+    ids = sorted(read_cub200_column(folder / "images.txt"))
+    rows = rows[np.isin(rows[:, 0], ids)]
     part_of = read_cub200_column(folder / "train_test_split.txt")
-    train_ids = sorted(i for i in part_of if part_of[i] == "1")
-    test_ids = sorted(i for i in part_of if part_of[i] != "1")
+    with reading(folder / "train_test_split.txt"):
+        train_ids = [i for i in ids if part_of[i] == "1"]
+        test_ids = [i for i in ids if part_of[i] != "1"]
     row_of_id = {image_id: row for row, image_id in enumerate(train_ids + test_ids)}
 
     present = torch.zeros(len(row_of_id), 312, dtype=torch.bool)
@@ -641,7 +650,9 @@ def load_folder(path: Path) -> ImageSet:
         if not part.is_dir():
             layout = "PATH/train/<class>/* and PATH/test/<class>/*"
             raise InputError(f"folder: no {part}; the layout is {layout}")
-        found = sorted(folder.name for folder in part.iterdir() if folder.is_dir())
+        found = sorted(
+            folder.name for folder in part.iterdir() if folder.is_dir() and folder.name[0] != "."
+        )
         classes = classes or found
         unknown = sorted(set(found) - set(classes))
         if unknown:
@@ -663,8 +674,14 @@ def load_folder(path: Path) -> ImageSet:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in a folder and the folders in it, sorted."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+    """The images in a folder and the folders in it, sorted; none that is hidden (._1.jpg)."""
+    files = []
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if file.suffix.lower() in IMG_EXTENSIONS and not hidden:
+            files.append(file)
+    return files
 
 
 def make_synthetic(
@@ -729,7 +746,10 @@ def stratified_subset(
 
 
 def hold_out(split: Split, fraction: float, generator: torch.Generator) -> tuple[Split, Split]:
-    """The split without a random `fraction` (0..1) of each of its classes, and that part."""
+    """The split without a random `fraction` (0..1) of each of its classes, and that part.
+
+    Of each class at least one is held out, if it is the only one.
+    """
     held_out = stratified_subset(split.labels, fraction, generator)
     kept = torch.ones(len(split), dtype=torch.bool).index_fill_(0, held_out, False)
     return split.take(kept.nonzero()[:, 0]), split.take(held_out)
@@ -896,7 +916,9 @@ class DeviceLoader(SeededLoader):
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any kind with three channels of 8 bits."""
+    """An image with three channels of 8 bits. Of floats the range is not known: ValueError."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats, and their range is not known")
     if image.mode.startswith("I"):  # 16 bits of grey, which PIL would cut off at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
@@ -1076,7 +1098,7 @@ class SceneSplit:
 
     images: torch.Tensor  # uint8 (N, 3, H, W)
     segmentation: torch.Tensor  # int8 (N, H, W), the class; -1: none
-    depth: torch.Tensor  # float (N, H, W), in metres; 0: unknown
+    depth: torch.Tensor  # float (N, H, W), in metres; 0: unknown; (N, 0) in a set without depths
     normals: torch.Tensor  # float (N, 3, H, W), unit vectors; (0, 0, 0): unknown
 
     def __len__(self) -> int:
@@ -1360,6 +1382,8 @@ def read_arrays(paths: list[Path], kind: str) -> torch.Tensor:
         with reading(path):
             scene = torch.from_numpy(np.load(path)).float()  # (H, W), or (H, W, channels)
             if kind in ("image", "normal"):
+                if scene.dim() != 3 or scene.shape[2] != 3:
+                    raise ValueError(f"its shape is {tuple(scene.shape)}, not (height, width, 3)")
                 scene = scene.movedim(2, 0)
             else:
                 scene = scene.reshape(scene.shape[:2])
@@ -1430,7 +1454,7 @@ def load_nyuv2_40(root: Path) -> SceneSet:
             fields.append(torch.stack(scenes))
         images, labels, normals = fields
         check_known(folder, label=labels >= 0, normal=normals)
-        unknown = torch.zeros(labels.shape, dtype=torch.half)
+        unknown = torch.zeros(len(labels), 0)
         splits.append(SceneSplit(images, labels, unknown, normals))
     return SceneSet("nyuv2-40", [str(c) for c in range(40)], *splits)
 
@@ -1499,9 +1523,10 @@ class SceneLoader(SeededLoader):
 class SceneCrops(SeededLoader):
     """Endless training on augmented crops of a scene split that lives on the device, as in MTL-NAS.
 
-    Iterating gives pairs of indices, each (B,): scenes for a step on the weights, and for a step on
-    the architecture. Each pass shuffles all n scenes anew; with `halves`, the first half of that
-    order is the weights' and the second the architecture's. `batch(index)` makes a training batch.
+    Iterating gives pairs of indices: scenes (B,) for a step on the weights, and with `halves` (B,)
+    for a step on the architecture, else None. Each pass shuffles all n scenes anew; with `halves`,
+    the first half of that order is the weights' and the second the architecture's. `batch(index)`
+    makes a training batch.
 
         for index, arch_index in itertools.islice(crops, steps):
             x, segmentation, normals = crops.batch(index)
@@ -1530,6 +1555,7 @@ class SceneCrops(SeededLoader):
         self.batch_size = batch_size
         self.crop = crop
         self.device = device
+        self.halves = halves
         self.seed = seed
         self.batches_a_pass = most // batch_size
         self.iteration = 0
@@ -1553,9 +1579,12 @@ class SceneCrops(SeededLoader):
                 order = self.shuffle(number_of_pass)
             self.iteration += 1
             start = place * self.batch_size
-            index = order[start:][: self.batch_size]
-            arch_index = order[len(order) // 2 + start :][: self.batch_size]
-            yield index, arch_index
+            end = start + self.batch_size
+            arch_index = None
+            if self.halves:
+                half = len(order) // 2
+                arch_index = order[half + start : half + end]
+            yield order[start:end], arch_index
 
     def shuffle(self, number_of_pass: int) -> torch.Tensor:
         """The scenes in a pass's order, which depends on the seed and on its number alone."""
@@ -1587,17 +1616,17 @@ def augment(split: SceneSplit, index: torch.Tensor, crop: int, generator):
     column = torch.where(mirrored[:, None], 1 - column, column)
     seen = row_seen[:, :, None] & column_seen[:, None, :]  # (B, S, S)
 
-    # grid_sample counts from -1 to 1
-    grid = 2 * torch.stack(torch.broadcast_tensors(column[:, None, :], row[:, :, None]), dim=3) - 1
+    columns, rows = torch.broadcast_tensors(column[:, None, :], row[:, :, None])  # (B, S, S)
+    grid = 2 * torch.stack([columns, rows], dim=3) - 1  # grid_sample counts from -1 to 1
     x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
     x = x * seen[:, None]
 
     height, width = split.segmentation.shape[1:]
-    rows = (row * height).long().clamp(0, height - 1)[:, :, None]
-    columns = (column * width).long().clamp(0, width - 1)[:, None, :]
+    i = (rows * height).long().clamp(0, height - 1)
+    j = (columns * width).long().clamp(0, width - 1)
     scene = index[:, None, None]
-    segmentation = torch.where(seen, split.segmentation[scene, rows, columns].long(), -1)
-    normals = split.normals.movedim(1, 3)[scene, rows, columns].movedim(3, 1) * seen[:, None]
+    segmentation = torch.where(seen, split.segmentation[scene, i, j].long(), -1)
+    normals = split.normals.movedim(1, 3)[scene, i, j].movedim(3, 1) * seen[:, None]
     normals[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None, None]
     return x, segmentation, normals
 
@@ -1743,8 +1772,8 @@ def load_movielens(root: str | Path = "data", keep_threes: bool = False) -> Rati
         user_ids, movie_ids, y = ratings.astype(int).T
         if y.min() < 1 or y.max() > 5:
             raise ValueError(f"its ratings go from {y.min()} to {y.max()}, not from 1 to 5")
-        user = rows_of(user_ids, users, files[1])
-        movie = rows_of(movie_ids, movies, files[2])
+    user = rows_of(user_ids, users, files[1])
+    movie = rows_of(movie_ids, movies, files[2])
     first_genres = np.array([genres.split("|")[0] for genres in movies[:, 2]])
 
     fields = [(movies[:, 0], movie), (first_genres, movie)]
@@ -1765,16 +1794,24 @@ def load_movielens(root: str | Path = "data", keep_threes: bool = False) -> Rati
 def read_movielens_table(path: Path, columns: int) -> np.ndarray:
     """The first columns of a table whose cells are separated by ::, as text (N, columns)."""
     with reading(path):
-        lines = [line for line in path.read_text(encoding="latin-1").splitlines() if line]
-        rows = [line.split("::")[:columns] for line in lines]
-        if not rows:
-            raise InputError(f"{path} is empty")
-        return np.array(rows).reshape(len(rows), columns)
+        lines = path.read_text(encoding="latin-1").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        cells = line.split("::")[:columns]
+        if len(cells) != columns:
+            raise InputError(f"{path}, line {number}: {len(cells)} columns, not {columns} or more")
+        rows.append(cells)
+    if not rows:
+        raise InputError(f"{path} is empty")
+    return np.array(rows)
 
 
 def rows_of(ids: np.ndarray, table: np.ndarray, path: Path) -> list[int]:
     """The table's row of each id; the first column of the table, read from `path`, has the ids."""
-    row_of = {int(key): row for row, key in enumerate(table[:, 0])}
+    with reading(path):
+        row_of = {int(key): row for row, key in enumerate(table[:, 0])}
     unknown = set(ids.tolist()) - row_of.keys()
     if unknown:
         raise InputError(f"{path} has no line for {min(unknown)}, which is in the ratings")
@@ -1798,11 +1835,14 @@ def load_amazon_beauty(root: str | Path = "data") -> Ratings:
     items = []
     stars = []
     with reading(reviews_file), open_text(reviews_file) as file:
-        for line in file:
-            review = json.loads(line)
-            users.append(review["reviewerID"])
-            items.append(review["asin"])
-            stars.append(review["overall"])
+        for number, line in enumerate(file, start=1):
+            try:
+                review = json.loads(line)
+                users.append(str(review["reviewerID"]))
+                items.append(str(review["asin"]))
+                stars.append(float(review["overall"]))
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"line {number} is not a review ({one_line(error)})") from error
         y = torch.tensor(stars)
         wrong = ~((y >= 1) & (y <= 5))
         if len(y) == 0 or wrong.any():
@@ -2116,7 +2156,7 @@ def encode_pair(
 
 @dataclass
 class UciTable:
-    """A table of the UCI repository; Soft Layer Ordering's Fig. 5a has the last three numbers."""
+    """A table of the UCI repository; features, classes and rows are soft order's Fig. 5a's."""
 
     source: str  # the file in the repository
     sha256: str  # of that file, for downloads
@@ -2229,11 +2269,11 @@ def load_uci(
         test_rows, train_rows = order[:num_test], order[num_test:]
 
         x = torch.where(x.isnan(), x[train_rows].nanmedian(dim=0).values, x)
-        if x.isnan().any():
-            raise InputError(f"the UCI table {name} has a feature that is always missing")
         low, high = x[train_rows].aminmax(dim=0)
         span = (high - low).where(high > low, 1)
         x = ((x - low) / span).clamp(0, 1)
+        if x.isnan().any():
+            raise InputError(f"the UCI table {name} has a feature that is always missing, or huge")
         train.append((x[train_rows], y[train_rows]))
         test.append((x[test_rows], y[test_rows]))
 
@@ -2253,6 +2293,7 @@ def find_uci_table(root: Path, name: str) -> Path:
     url = f"https://archive.ics.uci.edu/ml/machine-learning-databases/{table.source}"
 
     def download():
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=table.sha256, progress=False)
 
     hint = f"put {path.name} into {path.parent} (in the UCI repository it is or was {table.source})"
@@ -2336,8 +2377,9 @@ def load_omniglot(
     folder = root / "omniglot-py"
 
     def download():
-        for background in (True, False):
-            datasets.Omniglot(str(root), background, download=True)
+        for part, md5 in datasets.Omniglot.zips_md5.items():
+            url = f"{datasets.Omniglot.download_url_prefix}/{part}.zip"
+            datasets.utils.download_and_extract_archive(url, str(folder), md5=md5)
 
     zips = "images_background.zip and images_evaluation.zip"
     hint = f"unpack {zips} in {folder}, or choose others by --task-names"
@@ -2346,6 +2388,7 @@ def load_omniglot(
     generator = torch.Generator().manual_seed(seed)
     train = []
     test = []
+    num_outputs = []
     for name in names:
         alphabet = read_alphabet(find_alphabet(folder, name))
         size = tuple(alphabet.images.shape[2:])
@@ -2357,7 +2400,7 @@ def load_omniglot(
         train_part, test_part = hold_out(alphabet, test_fraction, generator)
         train.append((train_part.images, train_part.labels))
         test.append((test_part.images, test_part.labels))
-    num_outputs = [int(y.max()) + 1 for _, y in train]
+        num_outputs.append(int(alphabet.labels.max()) + 1)
     return TaskSet(names, join(train), join(test), num_outputs)
 
 
@@ -2723,12 +2766,13 @@ def call_in_file(name: str) -> nn.Module:
     module_name = f"backbone_{path.stem}"
     sys.path.insert(0, str(path.parent))  # it may import what lies beside it
     try:
-        with reading(path):
-            spec = importlib.util.spec_from_file_location(module_name, path)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[module_name] = module  # where dataclasses look for it
-            spec.loader.exec_module(module)
-            net = getattr(module, function)()
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module  # where dataclasses look for it
+        spec.loader.exec_module(module)
+        net = getattr(module, function)()
+    except Exception as error:  # whatever the user's own code raises
+        raise InputError(f"{name}: {type(error).__name__}: {one_line(error)}") from error
     except SystemExit as error:
         raise InputError(f"{name} ends the program instead of returning a network") from error
     finally:

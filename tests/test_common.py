@@ -17,6 +17,7 @@ import os
 import pickle
 import re
 import runpy
+import shutil
 import signal
 import sys
 import urllib.request
@@ -310,6 +311,23 @@ def test_cub200_and_its_attributes(cub):
         assert certainty[row].tolist() == [1 + a % 4 for a in range(1, 313)]
 
 
+def test_cubs_attributes_follow_a_list_of_fewer_images(tmp_path, monkeypatch):
+    write_cub(tmp_path)
+    folder = tmp_path / "CUB_200_2011"
+    names = (folder / "images.txt").read_text().splitlines()
+    (folder / "images.txt").write_text("\n".join(names[1:]))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(load_image_set("cub200", "~").train) == 2
+    present, _ = common.load_cub200_attributes("~")
+    for row, image_id in enumerate((2, 3, 4)):
+        assert present[row].tolist() == [(image_id + a) % 7 == 0 for a in range(1, 313)]
+
+    path = folder / "attributes" / "image_attribute_labels.txt"
+    path.write_text("\n")
+    with pytest.raises(InputError, match=str(path)):
+        common.load_cub200_attributes(tmp_path)
+
+
 def test_cub_takes_the_surest_wing_colour_and_bill_shape(cub):
     parts = common.load_cub200_parts(cub)
     assert parts.shape == (4, 2)
@@ -330,6 +348,25 @@ def test_folder(tmp_path):
     assert image_set.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert image_set.resize == 37
     assert image_set.name == "folder-pets"
+
+
+def test_hidden_files_are_no_images(tmp_path):
+    root = write_folder(tmp_path)
+    folder = root / "train" / "cat"
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "._1.png").write_bytes(b"of a Mac")
+    (folder / ".ipynb_checkpoints").mkdir()
+    shutil.copy(folder / "0.png", folder / ".ipynb_checkpoints" / "0-checkpoint.png")
+    image_set = load_image_set(f"folder:{root}", image_size=32)
+    assert image_set.classes == ["cat", "dog"]
+    assert [path.name for path in image_set.train.images] == ["0.png", "1.png", "2.png"] * 2
+
+
+def test_an_image_of_floats_is_refused(tmp_path):
+    path = tmp_path / "0.tiff"
+    Image.fromarray(np.random.default_rng(0).random((8, 8), dtype=np.float32)).save(path)
+    with pytest.raises(InputError, match=f"{path}: its pixels are floats"):
+        common.ImageFiles([path], pil_to_tensor)[0, 0]
 
 
 def test_16_bits_of_grey_are_read_as_the_same_picture_in_8(tmp_path):
@@ -1490,6 +1527,10 @@ def truncate(lines):
     lines.pop()
 
 
+def too_large(lines):
+    lines[3][1] = "1e39"
+
+
 def another_class(lines):
     lines[3][4] = "Iris"
 
@@ -1520,6 +1561,23 @@ def test_a_spoilt_table_is_named(tmp_path, spoil, said):
         common.load_uci(tmp_path, ["iris"])
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_feature_that_float32_cannot_hold_is_named(tmp_path):
+    write_table(tmp_path, "iris", too_large)
+    with pytest.raises(InputError, match="iris has a feature that is always missing, or huge"):
+        common.load_uci(tmp_path, ["iris"])
+
+
+def test_a_download_that_brings_nothing_is_an_error(tmp_path):
+    """torchvision skips one where a folder is there already, so none is made for it."""
+    file = tmp_path / "set" / "labels.txt"
+
+    def download():
+        assert not file.parent.exists()
+
+    with pytest.raises(InputError, match=f"no {file}, even after downloading; put it there"):
+        common.ensure_files("set", [file], download, "put it there")
 
 
 def test_a_missing_table_says_which_file_goes_where(tmp_path, monkeypatch):
@@ -1634,7 +1692,7 @@ def test_omniglots_bad_input(tmp_path, monkeypatch):
     write_omniglot(tmp_path)
     with pytest.raises(InputError, match="unknown task 'Grek' of omniglot; known are Gujarati"):
         common.load_omniglot(tmp_path, ["Greek", "Grek"])
-    monkeypatch.setattr(torchvision.datasets, "Omniglot", no_network)
+    monkeypatch.setattr(torchvision.datasets.utils, "download_and_extract_archive", no_network)
     with pytest.raises(InputError, match=r"images_evaluation\.zip") as error:
         common.load_omniglot(tmp_path, ["Greek", "Latin"])
     place = tmp_path / "omniglot-py" / "images_background" / "Latin"
@@ -1647,6 +1705,26 @@ def test_omniglots_bad_input(tmp_path, monkeypatch):
         common.load_omniglot(tmp_path, ["Greek"])
     to_pil_image(torch.zeros(1, 20, 24, dtype=torch.uint8)).save(path)
     with pytest.raises(InputError, match=str(folder.parent)):
+        common.load_omniglot(tmp_path, ["Greek"])
+
+
+def test_a_character_with_one_image_is_still_a_class(tmp_path):
+    """All of it is for the test."""
+    write_omniglot(tmp_path)
+    last = tmp_path / "omniglot-py" / "images_background" / "Greek" / "character03"
+    for path in sorted(last.iterdir())[1:]:
+        path.unlink()
+    tasks = common.load_omniglot(tmp_path, ["Greek"])
+    assert int(tasks.train.y.max()) == 1
+    assert int(tasks.test.y.max()) == 2
+    assert tasks.num_outputs == [3]
+
+
+def test_a_folder_without_images_is_not_called_missing(tmp_path):
+    write_omniglot(tmp_path)
+    folder = tmp_path / "omniglot-py" / "images_background" / "Greek"
+    (folder / "character09").mkdir()
+    with pytest.raises(InputError, match=f"cannot read {folder}: .*character09"):
         common.load_omniglot(tmp_path, ["Greek"])
 
 
@@ -1940,6 +2018,24 @@ def test_a_backbone_file_may_import_its_neighbours_and_use_dataclasses(tmp_path)
     path = list(sys.path)
     assert common.build_backbone(f"{tmp_path / 'net.py'}:build").out_features == 7
     assert sys.path == path
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("from torchvision.models import resnet19", "ImportError: cannot import name 'resnet19'"),
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("assert False, 'depth must be even'", "AssertionError: depth must be even"),
+        ("{}['depth']", "KeyError: 'depth'"),
+    ],
+)
+def test_what_the_users_file_raises_is_said_in_one_line(tmp_path, line, said):
+    path = tmp_path / "net.py"
+    path.write_text(f"def make():\n    {line}\n")
+    with pytest.raises(InputError) as error:
+        common.build_backbone(f"{path}:make")
+    assert f"{path}:make: {said}" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_damaged_pretrained_weights_are_named(tmp_path, monkeypatch):

@@ -213,7 +213,10 @@ SCENE_FAULTS = {
     "negative depth": ("depth", lambda a: a - 9, "not from 0 to inf"),
     "normal inf": ("normal", lambda a: a + np.inf, "a value is inf, not finite"),
     "another size": ("depth", lambda a: a[:-1], "its shape"),
-    "grey": ("image", lambda a: a[..., 0], "cannot read"),
+    "grey": ("image", lambda a: a[..., 0], "(12, 16), not (height, width, 3)"),
+    "four channels": ("image", lambda a: a[..., [0, 1, 2, 2]], "(12, 16, 4), not (height,"),
+    "channels first": ("image", lambda a: np.moveaxis(a, 2, 0), "(3, 12, 16), not (height,"),
+    "a fourth coordinate": ("normal", lambda a: a[..., [0, 1, 2, 2]], "(12, 16, 4), not (height,"),
 }
 
 
@@ -243,7 +246,9 @@ RATING_FAULTS = {
     "half a rating": ("ratings.dat", "1::2::4.5::1\n", "cannot read"),
     "rating nan": ("ratings.dat", "1::2::nan::1\n", "cannot read"),
     "empty": ("ratings.dat", "", "is empty"),
-    "columns": ("users.dat", "1::F\n", "cannot read"),
+    "columns": ("users.dat", "1::F\n", "line 1: 2 columns, not 4"),
+    "cut": ("ratings.dat", "1::2::5::1\n1::2", "line 2: 2 columns, not 3"),
+    "no number": ("users.dat", "one::F::1::1::1\n", "cannot read"),
 }
 
 
@@ -260,8 +265,8 @@ AMAZON_FAULTS = {
     "star": (0, '{"reviewerID": "A", "asin": "B0001", "overall": 9}\n', "a rating is 9"),
     "nan": (0, '{"reviewerID": "A", "asin": "B0001", "overall": NaN}\n', "a rating is nan"),
     "word": (0, '{"reviewerID": "A", "asin": "B0001", "overall": "good"}\n', "cannot read"),
-    "no user": (0, '{"asin": "B0001", "overall": 5}\n', "no 'reviewerID' in it"),
-    "cut": (0, '{"reviewerID": "A", "asin": "B00', "cannot read"),
+    "no user": (0, '{"asin": "B0001", "overall": 5}\n', "line 1 is not a review ('reviewerID')"),
+    "cut": (0, '{"reviewerID": "A", "asin": "B00', "line 1 is not a review"),
     "a list": (0, "[1]\n", "cannot read"),
     "empty": (0, "", "there is no review"),
     "no item": (1, "{'asin': 'B0001', 'categories': [['Beauty']]}\n", "has no line for 7806397051"),

@@ -77,7 +77,8 @@ def memory_in_a_process(args, name: str) -> float:
     command = [sys.executable, __file__, "--memory-of", name]
     for option in ("script", "backbone", "batch_size", "image_size", "device"):
         command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    child = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(child.stdout)
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -151,4 +152,7 @@ def median_ratio(values: list[float], others: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except wamal.InputError as error:
+        wamal.fail(error)

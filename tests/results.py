@@ -38,7 +38,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common
 # The metric that stands for a run, where --metric names none: the first of these that it has
 MAIN_METRICS = ["test_accuracy", "test_error", "train_error", "test_rmse", "test_miou"]
 
-# Arguments that change nothing about what a run's numbers mean; the last four belong to versions
+# Arguments that change nothing about what a run's numbers mean; plot and analyze belong to versions
 # of the scripts that some recorded runs were made with
 NEUTRAL = {"seed", "seeds", "out_dir", "data_root", "workers", "device", "resume"}
 NEUTRAL |= {"plot", "analyze", "cosine_batches", "cuda_graph"}
@@ -85,11 +85,13 @@ def read_runs(paths: list, finished: bool = True) -> list[Run]:
     folders = []
     for path in map(Path, paths):
         if not path.is_dir():
-            raise InputError(f"{path}: there is no such folder")
+            reason = "it is no folder" if path.exists() else "there is no such folder"
+            raise InputError(f"{path}: {reason}")
         found = [config.parent for config in sorted(path.rglob("config.json"))]
         if not found:
             raise InputError(f"{path}: there is no run in it, for it has no config.json")
-        folders += [folder for folder in found if folder not in folders]
+        known = {folder.resolve() for folder in folders}
+        folders += [folder for folder in found if folder.resolve() not in known]
 
     runs = [read_run(folder) for folder in folders]
     for run in runs:
@@ -170,10 +172,13 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     groups = {}
     names = name_groups([members[0] for members in by_meaning.values()])
     for name, members in zip(names, by_meaning.values(), strict=True):
+        if name in groups:
+            raise InputError(f"{members[0].folder}: another group is called {name}, too")
         groups[name] = sorted(members, key=lambda run: run.seed)
         for first, second in zip(groups[name], groups[name][1:], strict=False):
             if first.seed == second.seed:
-                raise InputError(f"{first.folder} and {second.folder} are the same run twice")
+                both = f"{first.folder} and {second.folder}"
+                raise InputError(f"{both} have the same settings and the same seed")
     return groups
 
 
@@ -273,19 +278,22 @@ def choose_metric(runs: list[Run], metric: str | None = None) -> str:
 
 def final_value(run: Run, metric: str) -> float:
     """The metric after the last epoch; from the summary if the epochs do not log it."""
-    last = run.metrics[-1].get(metric)
-    if is_number(last):
-        return last
-    value = (run.summary or {}).get(metric)
-    if is_number(value):
-        return value
-    raise InputError(f"{run.folder} has no {metric} after its last epoch")
+    value = run.metrics[-1].get(metric)
+    if not is_number(value):
+        value = (run.summary or {}).get(metric)
+    if not is_number(value):
+        raise InputError(f"{run.folder} has no {metric} after its last epoch")
+    if not math.isfinite(value):
+        raise InputError(f"{run.folder}: {metric} is {value} after its last epoch")
+    return value
 
 
 def unit(metric: str) -> str:
     """The unit of a metric, or "" for a pure number."""
     if metric.endswith("_per_second"):
         return metric.removesuffix("_per_second") + "/s"
+    if "depth" in metric:  # the relative error is a share
+        return "" if "relative" in metric else "m"
     if re.search(r"accuracy|error|miou|within", metric):
         return "%"
     if re.search(r"normal_(mean|median|rmse)", metric):
@@ -533,13 +541,22 @@ def draw_by(runs: list[Run], argument: str, metric: str | None = None, baseline:
     from matplotlib.figure import Figure
 
     metric = choose_metric(runs, metric)
+    argument = argument.replace("-", "_")
     finals = {}
     groups = {}  # of runs that differ in their seeds
+    kinds = {}  # each method's first run, and what its runs have in common
     for run in runs:
         method = run.arguments["method"]
         x = run.arguments.get(argument)
         if not is_number(x):
-            raise InputError(f"{run.folder} has no number {argument} among its arguments")
+            known = sorted(name for name, value in run.arguments.items() if is_number(value))
+            raise InputError(f"{run.folder} has no number {argument}; it has {', '.join(known)}")
+        others = {name: value for name, value in run.arguments.items() if name != argument}
+        kind = meaning(replace(run, arguments=others))
+        first, kind_of_first = kinds.setdefault(method, (run, kind))
+        if kind != kind_of_first:
+            both = f"{run.folder} and {first.folder}"
+            raise InputError(f"{both} differ in more than {argument} and seed")
         if (method, x, run.seed) in finals:
             raise InputError(f"{run.folder}: another run has its method, seed and {argument}")
         finals[method, x, run.seed] = final_value(run, metric)
@@ -552,15 +569,20 @@ def draw_by(runs: list[Run], argument: str, metric: str | None = None, baseline:
         if baseline is not None:
             if (baseline, x, seed) not in finals:
                 raise InputError(f"there is no run of {baseline} with {argument} {x}, seed {seed}")
+            if finals[baseline, x, seed] == 0:
+                raise InputError(f"{baseline} has {metric} 0 with {argument} {x}, seed {seed}")
             value = value / finals[baseline, x, seed]
         points.setdefault(method, {}).setdefault(x, []).append(value)
+    if not points:
+        raise InputError(f"all these runs are of {baseline}: there is nothing to compare with it")
 
     figure = Figure(figsize=(7.0, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for number, (method, values) in enumerate(sorted(points.items())):
         x = sorted(values)
         means = [statistics.fmean(values[at]) for at in x]
-        halves = [half_interval(values[at]) or 0.0 for at in x]
+        halves = [half_interval(values[at]) for at in x]
+        halves = [math.nan if half is None else half for half in halves]  # of one seed, no bar
         marker = "osD^vP"[number % 6]
         axes.errorbar(x, means, yerr=halves, label=method, marker=marker, capsize=4)
     axes.set_xticks(sorted({x for _, x, _ in finals}))
@@ -611,7 +633,11 @@ def make_curve(runs: list[Run], axis: str, metric: str):
     """x, mean and half the 95 % interval (None of one seed) where all these runs have a value."""
     curves = []
     for run in runs:
-        points = {line[axis]: line[metric] for line in run.metrics if is_number(line.get(metric))}
+        points = {}
+        for line in run.metrics:
+            value = line.get(metric)
+            if is_number(value) and math.isfinite(value):
+                points[line[axis]] = value
         if not points:
             raise InputError(f"{run.folder} has {metric} in its summary alone: there is no curve")
         curves.append(points)
@@ -690,6 +716,9 @@ def rebuild(text: str, results: Path) -> str:
         if f"<!-- results: {group} -->" not in text:
             raise InputError(f"tests/results/README.md has no <!-- results: {group} -->")
     runs = read_runs([results / group for group in groups])
+    begun = len(re.findall(r"<!-- (?:results: \S+|measured) -->\n", text))
+    if begun != text.count("<!-- end -->"):
+        raise InputError("tests/results/README.md: a table lacks its <!-- end -->")
 
     def make_anew(match):
         """The table of a group."""
@@ -756,18 +785,24 @@ def describe_group(runs: list[Run]) -> dict[str, str]:
     if half is not None:
         measured += f" +- {format_value(half, metric)}"
 
-    device = runs[0].machine.get("device", "")
-    threads = runs[0].machine.get("threads", 0)
-    if device == "cpu":
-        device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    devices = dict.fromkeys(device_of(run) for run in runs)
     minutes = statistics.fmean(final_value(run, "seconds") for run in runs) / 60
     return {
         "measured": measured,
         "each seed": ", ".join(format_value(value, metric) for value in values),
         "seeds": " ".join(str(run.seed) for run in runs),
-        "device": device,
+        "device": "; ".join(devices),
         "minutes": f"{minutes:.1f}",
     }
+
+
+def device_of(run: Run) -> str:
+    """What a run was made on: a GPU's name, or a CPU's threads."""
+    device = run.machine.get("device", "")
+    threads = run.machine.get("threads", 0)
+    if device == "cpu":
+        return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return device
 
 
 def fill_table(table: str, runs: list[Run]) -> str:
@@ -832,8 +867,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     plot = commands.add_parser("plot", help="curves by group, mean and 95 %% interval")
     plot.add_argument("runs", **runs)
     plot.add_argument("-o", "--output", required=True, metavar="FILE", help="the picture, as PNG")
-    plot.add_argument("--metric", **metric)
-    by = "the last epoch's metric over this argument (--tasks: tasks), a curve for each method"
+    drawn = metric | {"help": f"{metric['help']}, or importance: maoal.py's, by module"}
+    plot.add_argument("--metric", **drawn)
+    by = "the last epoch's metric over this argument, a curve for each method"
     plot.add_argument("--by", metavar="ARGUMENT", help=by)
     baseline = "with --by: divided by this method's metric for the same argument and seed"
     plot.add_argument("--baseline", metavar="METHOD", help=baseline)

@@ -746,6 +746,35 @@ def test_the_upper_step_moves_phi_and_nothing_else():
         assert (combiner.weight >= 0).all()
 
 
+def test_the_made_up_tasks_head_is_no_part_of_the_series():
+    """As in [C]: the upper loss does not reach it."""
+    primary, label_network, combiner, x, y, x_upper = image_case()
+    phi = [*combiner.parameters(), *label_network.parameters()]
+    networks = (primary, combiner, label_network, torch.optim.SGD(phi, 0.0))
+    auxilearn.upper_step(*networks, x, y, x_upper, y, image_losses, clip=math.inf, inner_lr=0.1)
+    found = torch.cat([p.grad.flatten() for p in phi])
+
+    buffers = dict(primary.named_buffers())
+    differences = []
+    for left_out in ("heads.1.", "nothing"):
+        theta = {n: p for n, p in primary.named_parameters() if not n.startswith(left_out)}
+        labels = label_network(x, y)
+
+        def loss_lower(theta, labels=labels):
+            return combiner(
+                image_losses(functional_call(primary, theta | buffers, (x,)), y, labels)
+            )
+
+        def loss_upper(theta):
+            outputs = functional_call(primary, theta | buffers, (x_upper,))
+            return image_losses(outputs[:1], y)[:, 0].mean()
+
+        gradients = implicit_gradient(loss_lower, loss_upper, theta, phi, inner_lr=0.1)
+        expected = torch.cat([gradient.flatten() for gradient in gradients])
+        differences.append(relative_difference(found, expected))
+    assert differences[0] < 1e-4 < 1e-3 < differences[1]
+
+
 def test_the_upper_step_puts_layout_and_precision_back():
     primary, label_network, combiner, x, y, x_upper = image_case()
     primary.trunk.layout = torch.channels_last
@@ -813,6 +842,32 @@ def test_the_auxiliary_set_is_held_out(flags, sizes):
         assert len(data.test) == 200
     if sizes[1] == 100:
         assert aux.labels.bincount().tolist() == [25] * 4
+
+
+def test_steps_on_phi_come_every_so_often_and_see_the_auxiliary_set(tmp_path, monkeypatch):
+    order = []
+    uppers = []
+    lower_step = auxilearn.lower_step
+    upper_step = auxilearn.upper_step
+
+    def watched_lower_step(*args, **options):
+        order.append("l")
+        return lower_step(*args, **options)
+
+    def watched_upper_step(*args, **options):
+        order.append("u")
+        uppers.append(args[7].bincount(minlength=4))
+        return upper_step(*args, **options)
+
+    monkeypatch.setattr(auxilearn, "lower_step", watched_lower_step)
+    monkeypatch.setattr(auxilearn, "upper_step", watched_upper_step)
+    flags = "--dataset synthetic --backbone tests/nets.py:mlp --max-steps 3"
+    run_with(f"{flags} --epochs 2 --upper-every 2", tmp_path / "order")
+    assert "".join(order) == "llullullu", "the counter spans epochs"
+    uppers.clear()
+    run_with(f"{flags} --upper-every 1 --upper-batch-size 50", tmp_path / "set")
+    first_two = torch.stack(uppers[:2]).sum(dim=0).tolist()
+    assert first_two == [25] * 4, "two batches are the whole auxiliary set"
 
 
 # ---------------------------- The claim ----------------------------
@@ -924,6 +979,8 @@ def test_every_method_of_combine_runs(method, tmp_path, few_scenes):
         assert weights == [1, 1, 1]
     elif method == "single":
         assert weights == [1, None, None]
+    elif method == "uncertainty":
+        assert all(abs(w - 0.5 * math.exp(0.5)) > 1e-6 for w in weights), "s is learned"
 
 
 def test_a_combine_run_resumes_bit_for_bit(tmp_path, few_scenes):

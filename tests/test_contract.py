@@ -26,7 +26,6 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 NETS = str(ROOT / "tests/nets.py")
 IMAGES = ["--dataset", "synthetic", "--backbone", f"{NETS}:mlp", "--epochs", "2"]
@@ -694,75 +693,6 @@ def test_a_non_finite_loss_stops_with_code_3(script, tmp_path, capsys):
     assert stop.value.code == 3
     assert "epoch 1" in capsys.readouterr().err
     assert not list(tmp_path.glob("*/last.pt"))
-
-
-# ---------------------- Nothing is read from the device inside an epoch ----------------------
-
-
-class CountReads(TorchDispatchMode):
-    """Counts the operations that would wait for a GPU.
-
-    Those are reading a number (.item(), bool(), float()), boolean masks as indices and nonzero.
-    What a CPU tensor answers without an operation is counted by `count_reads`.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.reads = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        aten = torch.ops.aten
-        packet = function.overloadpacket
-        if packet in (aten._local_scalar_dense, aten.nonzero):
-            self.reads += 1
-        if packet in (aten.index, aten.index_put_):
-            self.reads += any(i is not None and i.dtype == torch.bool for i in args[1])
-        return function(*args, **(kwargs or {}))
-
-
-@contextmanager
-def count_reads():
-    with CountReads() as mode, pytest.MonkeyPatch.context() as patch:
-        for name in ("cpu", "tolist", "numpy", "__repr__"):
-            original = getattr(torch.Tensor, name)
-
-            def counted(*args, original=original, **kwargs):
-                mode.reads += 1
-                return original(*args, **kwargs)
-
-            patch.setattr(torch.Tensor, name, counted)
-        yield mode
-
-
-def reads_of_a_run(script, out_dir, steps) -> int:
-    with count_reads() as mode:
-        script.main(tiny(script, out_dir, "--epochs", 1, facts(script).steps_flag, steps))
-    return mode.reads
-
-
-def test_an_epoch_reads_the_same_however_many_steps_it_has(script, tmp_path):
-    few, many = (reads_of_a_run(script, tmp_path / str(n), n) for n in (2, 4))
-    assert few == many
-
-
-READERS = {
-    "item": lambda t: t.item(),
-    "bool": lambda t: bool(t > 0),
-    "cpu": lambda t: t.cpu(),
-    "tolist": lambda t: t.tolist(),
-    "print": lambda t: str(t),
-    "mask": lambda t: t[t > 0],
-}
-
-
-@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_a_read_in_every_step_would_be_noticed(wamal, tmp_path, read):
-    def after(network, result, n):
-        read(result[0])
-
-    few = reads_of_a_run(wamal, tmp_path / "unread", 2)
-    with patched_step(wamal, after=after):
-        assert reads_of_a_run(wamal, tmp_path / "read", 2) >= few + 2
 
 
 # ---------------------------------------- Wrong input ----------------------------------------

@@ -1172,6 +1172,12 @@ def test_every_flag_changes_what_it_says(tmp_path, plain, flags):
     assert same == (flags == "--workers 0"), (last, plain)
 
 
+def test_uncertainty_weighting_learns_its_variances(tmp_path):
+    summary = run(tmp_path, "--method", "uncertainty")
+    state = torch.load(Path(summary["folder"]) / "last.pt", weights_only=True)
+    assert ((state["learned"]["weight"] + 0.5).abs() > 1e-6).all(), "they start at -0.5"
+
+
 def test_partitions_of_a_run(tmp_path):
     """mlp has one block, so block and model are the same there."""
     flags = ["--backbone", "convnet4", "--batch-size", 8, "--max-steps", 1]
@@ -1215,9 +1221,11 @@ def test_the_best_model_is_chosen_by_validation_every_few_loops(tmp_path, monkey
     original_keep = maoal.keep_best
     kept = []
     wanted = []
+    sizes = []  # of what is evaluated on
 
     def evaluate(network, loader):
         original_evaluate(network, loader)
+        sizes.append(sum(len(y) for _, y, _ in loader))
         return torch.tensor(next(scores))
 
     def keep_best(best, performance, network, epoch, metric):
@@ -1230,6 +1238,7 @@ def test_the_best_model_is_chosen_by_validation_every_few_loops(tmp_path, monkey
     monkeypatch.setattr(maoal, "keep_best", keep_best)
     summary = run(tmp_path, "--interval", 1, "--epochs", 2)
     assert kept == [(10, 1), (50, 1), (30, 1), (40, 2), (50, 2), (2, 2)]
+    assert sizes == [100, 100, 100, 1000] * 2 + [1000], "the best is chosen on validation images"
     state = torch.load(Path(summary["folder"]) / "last.pt", weights_only=True)["best"]
     assert state["record"].tolist() == [50, 1], "a tie keeps the earlier one"
     assert all(torch.equal(value, state[name]) for name, value in wanted[0].items())

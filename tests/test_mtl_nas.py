@@ -741,6 +741,8 @@ def test_the_steps_see_the_schedules_and_the_halves(run, monkeypatch):
     """The temperature and rates of (4), the gates' kinds; the architecture first, on its half."""
     steps = []
     kinds = []
+    gates = []
+    used = []  # gates, in a step on the weights
     scenes = []
     arch = mtl_nas.architecture_step
     weight = mtl_nas.weight_step
@@ -753,11 +755,13 @@ def test_the_steps_see_the_schedules_and_the_halves(run, monkeypatch):
 
     def weight_step(network, optimizer, *args, **options):
         steps.append([group["lr"] for group in optimizer.param_groups])
+        used.append(args[-1])
         return weight(network, optimizer, *args, **options)
 
     def gate(alpha, kind, *args):
         kinds.append(kind)
-        return relax(alpha, kind, *args)
+        gates.append(relax(alpha, kind, *args))
+        return gates[-1]
 
     def batch_of(crops, index):
         scenes.append(set(index.tolist()))
@@ -778,6 +782,25 @@ def test_the_steps_see_the_schedules_and_the_halves(run, monkeypatch):
         rates = [0.01 * scale * (1 - s / 7) ** 0.9 for scale in (1, 10, 20, 10)]
         assert steps[2 * s + 1] == pytest.approx(rates)
         assert not scenes[2 * s] & scenes[2 * s + 1]
+        for net in range(2):
+            assert used[s][net] is gates[4 * s + 2 + net]
+
+
+def test_the_edges_that_are_on_are_tested():
+    network = supernet().float()
+    x, segmentation, normals = [part.float() for part in batch()]
+    segmentation = segmentation.long()
+    loader = [(x, (segmentation, None, normals), None)]
+    found = mtl_nas.evaluate(network, loader, "deterministic", None)["test_loss"]
+
+    losses = []
+    network.eval()
+    on = [(alpha > 0).float() for alpha in network.alpha]
+    for gates in (on, None):
+        loss, _, _ = mtl_nas.task_losses(*network(x, gates), segmentation, normals)
+        losses.append(float(loss.detach()))
+    assert found == pytest.approx(losses[0], rel=1e-6)
+    assert found != pytest.approx(losses[1], rel=1e-3)
 
 
 def test_the_optimizer_holds_every_weight_once_in_its_group():

@@ -187,7 +187,12 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert "no config.json" in error_of(capsys, "table", tmp_path / "empty")
     twice = shutil.copytree(run, tmp_path / "again" / run.name)
-    assert "the same run twice" in error_of(capsys, "table", run, twice)
+    assert "the same settings and the same seed" in error_of(capsys, "table", run, twice)
+    assert len(read_runs([run, run.parent / ".." / "good"])) == 1, "each once"
+    (tmp_path / "a.txt").write_text("")
+    assert "it is no folder" in error_of(capsys, "table", tmp_path / "a.txt")
+    endless = make_run(tmp_path / "endless", values=[math.inf])
+    assert "test_accuracy is inf after its last epoch" in error_of(capsys, "table", endless)
     ratings = make_run(tmp_path / "ratings", "equal", name="test_rmse")
     assert "--metric" in error_of(capsys, "table", run, ratings)
 
@@ -344,11 +349,29 @@ def test_last_figures_are_drawn_over_an_argument(tmp_path, capsys):
     assert (tmp_path / "by.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     assert "--baseline goes with --by" in error_of(capsys, *plot, "--baseline", "soft")
-    assert "no number dataset among" in error_of(capsys, *plot, "--by", "dataset")
+    wrong = error_of(capsys, *plot, "--by", "dataset")
+    assert "has no number dataset; it has epochs, seed, tasks" in wrong
+    wrong = error_of(capsys, "plot", tmp_path / "runs", *plot[2:], "--by", "train-fraction")
+    assert "has no number train_fraction; it has" in wrong
     wrong = [*plot, "--by", "tasks", "--baseline", "hard"]
     assert "no run of hard with tasks 2, seed 0" in error_of(capsys, *wrong)
-    make_run(tmp_path / "runs" / "again", "soft", 1, [1.0], name="test_error", tasks=5)
+    alone = [tmp_path / "runs" / tasks / "wamal-synthetic-soft-s0" for tasks in "25"]
+    wrong = ["plot", *alone, *plot[2:], "--by", "tasks", "--baseline", "soft"]
+    assert "all these runs are of soft" in error_of(capsys, *wrong)
+    (axes,) = results.draw_by(read_runs(alone), "tasks").axes
+    (bars,) = axes.containers
+    assert math.isnan(bars[1][0].get_ydata()[0]), "one seed has no interval"
+
+    make_run(tmp_path / "runs" / "again", "soft", 1, [9.0, 1.0], name="test_error", tasks=5)
     assert "another run has its method, seed and" in error_of(capsys, *plot, "--by", "tasks")
+    shutil.rmtree(tmp_path / "runs" / "again")
+    values = [9.0, 1.0]
+    make_run(tmp_path / "runs" / "other", "soft", 2, values, name="test_error", tasks=5, lr=0.1)
+    assert "differ in more than tasks and seed" in error_of(capsys, *plot, "--by", "tasks")
+    make_run(tmp_path / "right", "parallel", 0, [0.0], name="test_error", tasks=5)
+    make_run(tmp_path / "right", "soft", 0, [1.0], name="test_error", tasks=5)
+    wrong = ["plot", tmp_path / "right", *plot[2:], "--by", "tasks", "--baseline", "parallel"]
+    assert "parallel has test_error 0 with tasks 5, seed 0" in error_of(capsys, *wrong)
 
 
 # -------- record, readme -----------------------------------------------------------------------
@@ -408,8 +431,22 @@ def test_check_fails_on_a_changed_table_and_readme_mends_it(tmp_path, capsys, mo
     assert results.main(["readme"]) == 0
     assert (copy / "README.md").read_text() == text
 
+    (copy / "README.md").write_text(text.replace("<!-- end -->\n", "", 1))
+    assert "a table lacks its <!-- end -->" in error_of(capsys, "readme")
     (copy / "README.md").write_text(text.replace("<!-- results: control -->", ""))
     assert "<!-- results: control -->" in error_of(capsys, "readme", "--check")
+
+
+def test_a_groups_row_names_every_device(tmp_path):
+    runs = read_runs([make_run(tmp_path, seed=seed) for seed in (0, 1, 2)])
+    runs[1].machine = {"device": "NVIDIA H200", "threads": 16}
+    assert results.describe_group(runs)["device"] == "CPU, 1 thread; NVIDIA H200"
+
+
+def test_depths_are_in_metres():
+    assert results.format_value(0.46557, "test_depth_error") == "0.4656"
+    assert results.unit("test_depth_error") == "m"
+    assert results.unit("test_depth_relative_error") == ""
 
 
 def test_another_figure_makes_another_table(tmp_path):

@@ -29,6 +29,7 @@ from common import (
     Faces,
     InputError,
     Samples,
+    TaskSet,
     join,
     load_celeba,
     load_fours,
@@ -1117,6 +1118,29 @@ def small_run(tmp_path_factory) -> dict:
     """The summary of a soft run of 7 iterations with an identity layer, 3 of them an epoch."""
     flags = ["--dataset", "synthetic", "--max-steps", 7, "--epoch-steps", 3, "--identity-layer"]
     return run(tmp_path_factory.mktemp("runs"), *flags, "--lr", 0.1)
+
+
+def test_the_test_has_samples_of_its_own(small_run):
+    args = soft_order.parse_args(["--dataset", "synthetic", "--identity-layer"])
+    args.seed = 0
+    tasks = soft_order.load_tasks(args)
+    network = soft_order.build_network(args, tasks)
+    path = Path(small_run["folder"]) / "last.pt"
+    network.load_state_dict(torch.load(path, weights_only=True)["network"])
+    found = soft_order.evaluate(network, tasks.test, "test")["test_loss"]
+    assert found == pytest.approx(small_run["test_loss"], rel=1e-6)
+    others = soft_order.evaluate(network, tasks.train, "test")["test_loss"]
+    assert others != pytest.approx(small_run["test_loss"], rel=1e-5)
+
+
+def test_an_encoder_of_vectors_ends_with_relu():
+    x = torch.randn(8, 3)
+    samples = Samples(x, torch.arange(8) % 2, torch.tensor([4, 4]))
+    tasks = TaskSet(["a", "b"], samples, samples, num_outputs=[2, 2], num_inputs=[3, 3])
+    args = soft_order.parse_args(["--dataset", "uci"])
+    args.seed = 0
+    y = soft_order.build_network(args, tasks).encoder(x.view(2, 4, 3))
+    assert (y >= 0).all() and (y == 0).any() and (y > 0).any()
 
 
 def test_max_steps_ends_in_the_middle_of_an_epoch(small_run):

@@ -162,6 +162,7 @@ def test_phases_touch_only_their_network_and_the_aux_set_is_held_out(run, monkey
     """Images of the auxiliary set are in no training batch, and their labels are clean."""
     uppers = []
     batches = []
+    weights = []
     label_step = wamal.label_step
     primary_step = wamal.primary_step
 
@@ -175,11 +176,14 @@ def test_phases_touch_only_their_network_and_the_aux_set_is_held_out(run, monkey
     def watch_primary_step(primary, optimizer, x, y, labels, weight):
         assert not labels.requires_grad and not weight.requires_grad
         batches.append(y)
+        weights.append(weight)
         return primary_step(primary, optimizer, x, y, labels, weight)
 
     monkeypatch.setattr(wamal, "label_step", watch_label_step)
     monkeypatch.setattr(wamal, "primary_step", watch_primary_step)
-    run(wamal, "--aux-set", 0.1, "--label-noise", 0.4, "--max-steps", 100)
+    _, (line,) = run(wamal, "--aux-set", 0.1, "--label-noise", 0.4, "--max-steps", 100)
+    assert float(torch.cat(weights).mean()) == pytest.approx(line["weight_mean"], rel=1e-5)
+    assert line["weight_mean"] != pytest.approx(1, abs=1e-3)
     assert len(batches) == 900 // 50 and len(uppers) == 900 // 50
     first_two = torch.stack(uppers)[:2].sum(0).tolist()
     assert first_two == [25] * 4, "two batches are the whole auxiliary set"

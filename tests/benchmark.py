@@ -155,4 +155,4 @@ if __name__ == "__main__":
     try:
         main()
     except wamal.InputError as error:
-        wamal.fail(error)
+        sys.exit(f"benchmark.py: error: {error}")

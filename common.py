@@ -2763,6 +2763,8 @@ def call_in_file(name: str) -> nn.Module:
     """What FUNCTION of FILE.py returns, for `name` FILE.py:FUNCTION."""
     file, _, function = name.rpartition(":")
     path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"backbone {name}: no file {path}")
     module_name = f"backbone_{path.stem}"
     sys.path.insert(0, str(path.parent))  # it may import what lies beside it
     try:

@@ -701,7 +701,7 @@ WRONG = [
     ("--dataset cifar1000", "KNOWN"),
     ("--dataset folder:/nowhere", "/nowhere/train"),
     ("--backbone resnet19", "resnet18"),
-    ("--backbone nowhere.py:net", "nowhere.py"),
+    ("--backbone nowhere.py:net", "backbone nowhere.py:net: no file /"),
     (f"--backbone {NETS}:linear_first", "last Linear"),
     (f"--backbone {NETS}:for_64_pixels", "32x32"),
     (f"--backbone {NETS}:no_parameters", "has nothing to train"),

@@ -1081,7 +1081,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--aux-set",
         type=share,
-        help="share held out for L_A (default: 0.1, pet and cub200 0.0084, nyuv2 0.025); 0: none",
+        help="share held out for L_A (0.1; pet, cub200 0.0084, nyuv2 0.025); 0: training data",
     )
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
     add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")

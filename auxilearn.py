@@ -679,7 +679,7 @@ def train(args) -> dict:
         for i, task in enumerate(tasks):
             metrics[f"{task}_loss"] = float(mean_losses[i].mean())
             metrics[f"{task}_weight"] = float(weights[i])
-        if label_network is not None:  # of the focal loss, which is 4 l_2
+        if label_network is not None:  # l_2 is a quarter of the focal loss, which these are of
             metrics["auxiliary_loss"] *= 4
             metrics["auxiliary_weight"] /= 4
         if upper_steps:

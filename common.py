@@ -69,6 +69,10 @@ def reading(path: Path):
         yield
     except InputError:
         raise
+    except FileNotFoundError as error:
+        if error.filename is not None:
+            raise InputError(f"no file {error.filename}") from error
+        raise InputError(f"cannot read {path}: {one_line(error)}") from error  # an empty folder
     except ModuleNotFoundError as error:
         hint = f"pip install {error.name}"
         raise InputError(f"reading {path} needs the package {error.name}: {hint}") from error
@@ -78,8 +82,6 @@ def reading(path: Path):
         # the one has no message, the other's is torch's advice to run what is in the file
         raise InputError(f"cannot read {path}: it is damaged, or another kind of file") from error
     except Exception as error:  # pickles, archives and images fail in a dozen ways: damaged files
-        if isinstance(error, FileNotFoundError) and error.filename is not None:
-            raise InputError(f"no file {error.filename}") from error
         raise InputError(f"cannot read {path}: {one_line(error)}") from error
 
 
@@ -650,9 +652,8 @@ def load_folder(path: Path) -> ImageSet:
         if not part.is_dir():
             layout = "PATH/train/<class>/* and PATH/test/<class>/*"
             raise InputError(f"folder: no {part}; the layout is {layout}")
-        found = sorted(
-            folder.name for folder in part.iterdir() if folder.is_dir() and folder.name[0] != "."
-        )
+        names = sorted(folder.name for folder in part.iterdir() if folder.is_dir())
+        found = [name for name in names if not name.startswith(".")]
         classes = classes or found
         unknown = sorted(set(found) - set(classes))
         if unknown:
@@ -677,9 +678,8 @@ def image_files(folder: Path) -> list[Path]:
     """The images in a folder and the folders in it, sorted; none that is hidden (._1.jpg)."""
     files = []
     for file in sorted(folder.rglob("*")):
-        parts = file.relative_to(folder).parts
-        hidden = any(part.startswith(".") for part in parts)
-        if file.suffix.lower() in IMG_EXTENSIONS and not hidden:
+        is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.suffix.lower() in IMG_EXTENSIONS and not is_hidden:
             files.append(file)
     return files
 

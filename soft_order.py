@@ -922,7 +922,8 @@ def write_sweeps(folder: Path, network: MultiTaskNetwork, samples: Samples) -> N
     change = images[:, 9] - images[:, 1]
     size = change.square().mean(dim=1).sqrt()
     lines = ["change of brightness, its root mean square, and its correlation with each row's"]
-    for i, row in enumerate(torch.atleast_2d(change.corrcoef()).tolist()):
+    correlations = torch.atleast_2d(change.corrcoef())  # which of one row is a number
+    for i, row in enumerate(correlations.tolist()):
         lines.append(f"{size[i]:8.4f}" + "".join(f"{value:8.3f}" for value in row))
     write_text(folder / "sweeps.txt", "\n".join(lines) + "\n")
 

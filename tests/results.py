@@ -182,15 +182,15 @@ def group_runs(runs: list[Run]) -> dict[str, list[Run]]:
     return groups
 
 
-def meaning(run: Run) -> str:
-    """Equal for two runs that differ in nothing but their seed.
+def meaning(run: Run, besides: str = "seed") -> str:
+    """Equal for two runs that differ in nothing but their seed, and the argument `besides`.
 
     An option that is off counts as one that the script of an older run did not have yet.
     """
     arguments = {}
     for name, value in run.arguments.items():
         off = value is None or value is False
-        if name not in NEUTRAL and not off:
+        if name not in NEUTRAL and name != besides and not off:
             arguments[name] = value
     return json.dumps([run.script, arguments], sort_keys=True)
 
@@ -544,17 +544,15 @@ def draw_by(runs: list[Run], argument: str, metric: str | None = None, baseline:
     argument = argument.replace("-", "_")
     finals = {}
     groups = {}  # of runs that differ in their seeds
-    kinds = {}  # each method's first run, and what its runs have in common
+    firsts = {}  # each method's first run
     for run in runs:
         method = run.arguments["method"]
         x = run.arguments.get(argument)
         if not is_number(x):
             known = sorted(name for name, value in run.arguments.items() if is_number(value))
             raise InputError(f"{run.folder} has no number {argument}; it has {', '.join(known)}")
-        others = {name: value for name, value in run.arguments.items() if name != argument}
-        kind = meaning(replace(run, arguments=others))
-        first, kind_of_first = kinds.setdefault(method, (run, kind))
-        if kind != kind_of_first:
+        first = firsts.setdefault(method, run)
+        if meaning(run, besides=argument) != meaning(first, besides=argument):
             both = f"{run.folder} and {first.folder}"
             raise InputError(f"{both} differ in more than {argument} and seed")
         if (method, x, run.seed) in finals:
@@ -581,8 +579,10 @@ def draw_by(runs: list[Run], argument: str, metric: str | None = None, baseline:
     for number, (method, values) in enumerate(sorted(points.items())):
         x = sorted(values)
         means = [statistics.fmean(values[at]) for at in x]
-        halves = [half_interval(values[at]) for at in x]
-        halves = [math.nan if half is None else half for half in halves]  # of one seed, no bar
+        halves = []
+        for at in x:
+            half = half_interval(values[at])
+            halves.append(math.nan if half is None else half)  # of one seed, no bar
         marker = "osD^vP"[number % 6]
         axes.errorbar(x, means, yerr=halves, label=method, marker=marker, capsize=4)
     axes.set_xticks(sorted({x for _, x, _ in finals}))

@@ -14,7 +14,7 @@ the primary loss of a small development set D_dev, through the implicit gradient
 
     python maoal.py --dataset synthetic              94.7 % (chance 25 %), 30 s on one CPU core
     python maoal.py --backbone convnet4 --epochs 40  38.7 % (chance 20 %), three seeds
-    python maoal.py                                  paper: 53.87 %, 200 epochs; not yet run here
+    python maoal.py                                  paper: 53.87 %; 200 epochs, not yet run here
 
 The formulas are the paper's [P]. Its settings stand in a supplement that is not to be had; those
 here are of its authors' code [C] (ratings; of an older commit: cifar100-people). --preset

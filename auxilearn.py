@@ -1077,7 +1077,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataset", help=f"{known} (default: cifar100-20; nyuv2)")
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--train-fraction", type=number(float, 1e-6, 1), help="of each class (oxford-pet 0.3)")
-    add("--validation", type=share, default=0.0, help="share of training images to test on")
+    add("--validation", type=share, default=0.0, help="share of train to test on, not the test set")
     add(
         "--aux-set",
         type=share,
@@ -1088,7 +1088,13 @@ def parse_args(argv=None) -> argparse.Namespace:
 
     add = p.add_argument_group("method").add_argument
     add("--mode", choices=["generate", "combine"], default="generate", help="what phi learns")
-    add("--method", choices=METHODS, default="auxilearn", help="human: generate; equal: combine")
+    add(
+        "--method",
+        choices=METHODS,
+        default="auxilearn",
+        help="single: no auxiliary task; human: generate, the data's own sub-classes; equal, "
+        "uncertainty, dwa, gcs: combine",
+    )
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--label-backbone", help="of the label network (default: the same)")
     switch = argparse.BooleanOptionalAction

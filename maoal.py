@@ -2,8 +2,8 @@
 
 A network theta learns a primary task beside K auxiliary ones, whose losses may help one part of it
 and harm another. theta is cut into m modules, and an importance alpha (K, m), all 1 at first, says
-how much of each auxiliary gradient each module takes. Every T steps on theta, alpha takes one on
-the primary loss of a small development set D_dev, through the implicit gradient.
+how much of each auxiliary gradient each module takes. After every T steps on theta comes one on
+alpha, down L_0 on a small set D_dev: eta_1 p stands for J^-T grad L_0(dev), where J = dG / dtheta.
 
     (4, 5)  G_j = grad_j L_0 + sum_i alpha_ij grad_j L_i, of module j     module_weighted_gradients
     (6)     theta <- theta - eta_1 G, T times                                           lower_step
@@ -25,15 +25,15 @@ published-code takes the formulas of [C], too. Departures:
 - Upper optimiser: [P] SGD of unknown rate; [C] Adam 0.01, decay 5e-4 (images), SGD 0.001, momentum
   0.9 (ratings). Default: Adam 0.01, whose step does not shrink with the factor eta_1 of (7).
 - The upper step leaves BatchNorm's running statistics alone; [C]'s does not.
-- Image heads are outside alpha, as in [C], with L_0 + sum_i L_i ([C]: the mean over i). ConvNet4's
+- Image heads are outside alpha, as in [C], and follow L_0 + sum_i L_i ([C]: mean_i). ConvNet4's
   blocks are its convolutions with what follows each; [C] puts all norms into the last.
 - D_dev: [P] from validation, [C] from training data. Image sets have no validation split: a tenth
   for it and --dev-size are held out of train; methods without an upper step train on D_dev, too
   ([P]). Images are rotated once, at random.
 - [C] picks the epoch of people on test; here test_accuracy_of_best_validation ([P]).
 - All methods see the same labels: D_dev's, and of the rest those that --label-fraction leaves.
-- Ratings have a --preset of their own: with the others, alpha need not fall where L2 harms.
-- Scenes: the light heads are ours, [P] names none. HPO-tune is a grid of --auxiliary-weight.
+- Ratings, L_1 = ||theta||^2, have a --preset: with the others alpha need not fall where L_1 harms.
+- Scenes: the light heads are ours, [P] names none. Its HPO-tune: a grid of --auxiliary-weight.
 """
 
 import argparse
@@ -226,7 +226,7 @@ class AutoInt(nn.Module):
 
 
 class Importance(nn.Module):
-    """alpha (K, m), as `weight`, all 1 at first.
+    """alpha (K, m), all 1 at first.
 
     relu: negative entries count as 0, as in the published code; the paper has raw alpha.
     mean: divide by K, so that the auxiliary losses are averaged, as in its code for images.
@@ -238,12 +238,12 @@ class Importance(nn.Module):
         self, num_auxiliary: int, num_modules: int, relu: bool = False, mean: bool = False
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(num_auxiliary, num_modules))
+        self.alpha = nn.Parameter(torch.ones(num_auxiliary, num_modules))
         self.relu = relu
         self.mean = mean
 
     def forward(self):
-        a = torch.cat([self.weight, self.weight.new_ones(len(self.weight), 1)], dim=1)
+        a = torch.cat([self.alpha, self.alpha.new_ones(len(self.alpha), 1)], dim=1)
         if self.relu:
             a = a.relu()
         if self.mean:
@@ -256,7 +256,8 @@ def partition_modules(network: nn.Module, how: str = "block") -> dict[str, list[
 
     how (Table 4): "parameter", each tensor is a module; "model", there is one module; "block"
         (Fig. 3), ResNet's stem and four stages, ConvNet4's convolutions, AutoInt's embedding,
-        attention layers and head, and of other networks the parts of their outermost container.
+        attention layers and head, and of other networks the parts of their outermost container;
+        these can be coarse (torchvision's VGG: features and classifier), so look at the result.
     What is called heads.*, as PrimaryNetwork's are, is in no module; AutoInt's `head` is one. A
     dict of your own does as well: what it leaves out is in no module, and follows all losses.
     Raises ValueError if `how` is none of these.
@@ -275,12 +276,23 @@ def partition_modules(network: nn.Module, how: str = "block") -> dict[str, list[
 
 
 def group_blocks(parameters: dict) -> dict[str, list[str]]:
-    """The parts of the outermost container that has several.
+    """The blocks in the outermost container that has several."""
+    depth = depth_of_parts(parameters)
+    blocks = blocks_at(parameters, depth)
+    dots = [name.count(".") for name in parameters]
+    # in one container that has a norm alone beside it, as in Swin, are others
+    while len(blocks) == 1 and depth < min(dots) and depth + 1 < max(dots):
+        depth += 1
+        blocks = blocks_at(parameters, depth)
+    return blocks
+
+
+def blocks_at(parameters: dict, depth: int) -> dict[str, list[str]]:
+    """The names by their part at this depth.
 
     A norm belongs to the part before it, and so does a Linear in a network with convolutions; both
     are told by how many dimensions their tensors have.
     """
-    depth = depth_of_parts(parameters)
     parts = {}
     for name in parameters:
         part = name.split(".")[depth]
@@ -333,10 +345,13 @@ def prediction_loss(output, y):
 
     output: logits (B, C) for classes y (B,), or (B, C, H, W) for (B, H, W): cross-entropy. Or, told
         by the float type of y, ratings (B,) for ratings (B,): squared error; or see geometry_loss.
+    Raises ValueError if predicted ratings have another shape than the ratings.
     """
-    if y.is_floating_point() and y.dim() > 1:
+    if y.is_floating_point() and y.dim() > 2:
         return geometry_loss(output, y)
     if y.is_floating_point():
+        if output.shape != y.shape:
+            raise ValueError(f"the ratings are {tuple(y.shape)}, predicted {tuple(output.shape)}")
         return (output - y).square().mean()
     labelled = (y >= 0).sum()
     return F.cross_entropy(output, y, ignore_index=-1, reduction="sum") / labelled.clamp(min=1)
@@ -386,8 +401,8 @@ def task_loss_at(network, batch, task: int, theta: dict):
 
 @contextmanager
 def random_state_kept(x):
-    """What is drawn on x's device is drawn again later."""
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # a Graph draws nothing
+    """Leave the random state of x's device as it was, for each loss to have the same dropout."""
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():  # --cuda-graph refuses dropout
         yield
         return
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
@@ -512,8 +527,8 @@ def importance_step(
         network, batches, dev_batch, modules, a.detach(), lr=lr, look_back=look_back
     )
     # in alpha, through ReLU and the division by K
-    (gradient,) = torch.autograd.grad(a[:, :-1], importance.weight, in_a)
-    set_gradient(importance.weight, gradient)
+    (gradient,) = torch.autograd.grad(a[:, :-1], importance.alpha, in_a)
+    set_gradient(importance.alpha, gradient)
     norm = torch.nn.utils.clip_grad_norm_(importance.parameters(), clip)
     upper_optimizer.step()
     return norm
@@ -536,7 +551,10 @@ def importance_gradient(network, batches, dev_batch, modules, a, *, lr: float, l
             gradients.append(gradient_by_name(loss, theta, create_graph=True))
 
     def transposed_jacobian(v):
-        """J^T v = H_0 v + sum_i H_i (A_i v)."""
+        """J^T v = H_0 v + sum_i H_i (A_i v).
+
+        G is no gradient, and J = H_0 + sum_i A_i H_i not symmetric: in J^T, A_i comes first.
+        """
         vectors = [v]
         for weights in a:
             vectors.append(weigh_modules(v, modules, weights))
@@ -912,7 +930,7 @@ def update_field(args, network, batches, modules, learned):
     if args.method == "auxl":
         return combined_gradients(network, batches, learned)
     if args.method == "uncertainty":
-        s = learned["weight"]
+        s = learned["s"]
         losses, field, slope = uncertainty_gradients(network, batches, modules, s)
         s.grad = slope
         return losses, field
@@ -1142,7 +1160,7 @@ def build_learned(args, num_auxiliary: int, num_modules: int):
             num_auxiliary, num_modules, relu=args.relu_importance, mean=args.mean_auxiliary
         )
     if args.method == "uncertainty":
-        return nn.ParameterDict({"weight": torch.full((num_auxiliary + 1,), -0.5)})
+        return nn.ParameterDict({"s": torch.full((num_auxiliary + 1,), -0.5)})
     if args.method == "auxl":
         return Combination(num_auxiliary + 1)
     return None
@@ -1260,7 +1278,7 @@ def describe_best(best, test_loader, metric: str) -> dict:
 def importance_by_name(importance, tasks, modules) -> dict:
     """alpha as {task: {module: value}}."""
     table = {}
-    for task, row in zip(tasks, importance.weight.tolist(), strict=True):
+    for task, row in zip(tasks, importance.alpha.tolist(), strict=True):
         table[task] = dict(zip(modules, row, strict=True))
     return table
 
@@ -1421,13 +1439,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--dev-size",
         type=two,
-        help="of D_dev (default: 5 %%; ratings 1000, papers' 512); of images about as many, for "
-        "each class gives its share, one at least",
+        help="of D_dev (default: 5 %%; ratings: own 1000, others 512); of images about as many, "
+        "for each class gives its share, one at least",
     )
     add(
         "--dev-batch-size",
         type=two,
-        help="of L_0(dev), at most (default: 100; ratings 1000, papers' 256)",
+        help="of L_0(dev), at most (default: 100; ratings: own 1000, others 256)",
     )
     add("--dev-from", choices=["validation", "train"], help="ratings: what D_dev is taken from")
     add("--keep-threes", action="store_true", help="ratings: the published code drops those of 3")
@@ -1441,7 +1459,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         default="maoal",
         help="single: L_0 alone; gcs: by cosine; auxl: AuxiLearn",
     )
-    add("--preset", choices=PRESETS_OF_RATINGS, help="whose formulas (paper; ratings: own)")
+    add(
+        "--preset",
+        choices=PRESETS_OF_RATINGS,
+        help="whose formulas (default: paper; ratings: own); what it changes stands below in "
+        "brackets, where code is published-code",
+    )
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--pretrained", action=switch, help="start from ImageNet weights (default: cub200 only)")
     add("--head-hidden", type=whole, default=0, help="of heads of two layers (Fig. 5); 0: linear")
@@ -1457,7 +1480,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--interval", type=whole, default=0, help="validate after every so many --lower-steps, too")
     add("--relu-importance", action=switch, help="negative alpha counts as 0 (code and own: yes)")
     add("--mean-auxiliary", action=switch, help="auxiliary losses over K (published code: yes)")
-    add("--hypergrad-lr", type=rate, help="eta_1 in (7, 9) (--lr; code 1, own 0.01, auxl 1e-4)")
+    add("--hypergrad-lr", type=rate, help="eta_1 in (7, 9) (theta's; code 1, own 0.01, auxl 1e-4)")
     add(
         "--clip",
         type=factor,
@@ -1465,8 +1488,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
 
     add = p.add_argument_group("optimisation").add_argument
-    add("--epochs", type=count, help="default: 200; files 100, ratings 15 or 40, synthetic 4")
-    add("--max-steps", type=count, help="lower steps an epoch, at most; --epochs is then 1")
+    add("--epochs", type=count, help="default: 200; image files 100, ratings 15 or 40, synthetic 4")
+    add("--max-steps", type=count, help="lower steps an epoch; --epochs is then 1 by default")
     add(
         "--batch-size",
         type=two,

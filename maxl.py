@@ -215,6 +215,8 @@ def total_loss(
     l_prim = focal_loss(primary_logits, y, gamma)  # (B,)
     if labels is None:
         return l_prim.mean()
+    if auxiliary_logits is None:
+        raise ValueError("the primary network has no auxiliary head for these labels")
     l_aux = auxiliary_loss(auxiliary_logits, labels, gamma, latent)  # (B,)
     return (l_prim + l_aux).mean()
 
@@ -339,8 +341,6 @@ def virtual_step(primary, x, y, labels, primary_lr, **loss_options) -> dict:
     # must draw the dropout masks of this one
     with sdpa_kernel(SDPBackend.MATH):
         primary_logits, auxiliary_logits = primary(x)
-        if auxiliary_logits is None:
-            raise ValueError("the primary network has no auxiliary head to make labels for")
         loss = total_loss(primary_logits, auxiliary_logits, y, labels, **loss_options)
 
     theta = {name: p for name, p in primary.named_parameters() if p.requires_grad}
@@ -831,7 +831,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataset", default="cifar100-20", help="one of " + ", ".join(IMAGE_SETS))
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="share of each class")
-    add("--validation", type=share, default=0.0, help="share of training images to test on")
+    add("--validation", type=share, default=0.0, help="share of train to test on, not the test set")
     add("--image-size", type=number(int, 16), help="of images from files (default: 224)")
     add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")
 
@@ -840,7 +840,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--method",
         choices=METHODS,
         default="maxl",
-        help="maxl-latent: vectors for labels; random: random ones",
+        help="maxl-latent: vectors for labels; human: the data's own sub-classes; random: random "
+        "labels; single: no auxiliary task",
     )
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--label-backbone", help="of the label network (default: the same)")
@@ -851,9 +852,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--psi",
         type=number(int, 1, 9999),
         nargs="+",
-        help="made-up sub-classes a class (default: 5)",
+        help="made-up sub-classes of each class: one number (default: 5), or one for each",
     )
-    add("--entropy-weight", type=factor, default=0.2, help="of H, (6); labels only")
+    add("--entropy-weight", type=factor, default=0.2, help="of H, (6), labels only (default: 0.2)")
     add("--loss", choices=GAMMA, default="focal", help="of both tasks")
     add("--no-mask", action="store_true", help="softmax over all auxiliary classes, not (4)")
     add("--same-iteration", action="store_true", help="both networks learn from each batch in turn")

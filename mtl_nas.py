@@ -852,7 +852,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="mtl-nas", help="the search, or a fixed graph")
+    add("--method", choices=METHODS, default="mtl-nas", help="the search, or a baseline")
     add("--relaxation", choices=GATES, default="stochastic", help="gates of the search, (3)")
     add("--weight-relaxation", choices=GATES, help="of the weight step (default: --relaxation)")
     add("--discretization", choices=GATES, default="stochastic", help="gates of the test, (5)")

@@ -1023,7 +1023,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--samples", type=count, help="random: samples of each task (default: 128)")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="soft", help="single: layers of its own for each task")
+    add(
+        "--method",
+        choices=METHODS,
+        default="soft",
+        help="permuted: each task has an order of its own, at random; single: layers of its own",
+    )
     add("--depth", type=number(int, 1, 99), help="core layers (default: 4, random 2, synthetic 3)")
     add("--activation", choices=["relu", "linear"], help="random: linear is Fig. 2a, relu Fig. 2b")
     add("--dropout", type=share, help="of layers' outputs (0.5; uci 0.8, fours and made-up data 0)")

@@ -25,12 +25,12 @@ Departures from the paper [P] and from its authors' code [C]:
 - The weight acts per sample (Eq. 5). [C] multiplies (N,) by (N, 1), so mean(weight) times
   mean(l_aux). [P]'s numbers were presumably made so: --weighting batch does that.
 - Alg. 1 splits the data in two. Here both phases use all images, as in [C]; --aux-set holds out a
-  share, for l_prim at theta' alone. l_aux is not in g's objective, as in [C]: g could lower it
-  by labels that are easy.
+  share, for l_prim at theta' alone.
+- l_aux is not in g's objective, as in [C]: g could lower it by labels that are easy.
 - BatchNorm's statistics follow f's pass at theta only, as in MAXL's code; [C]: at theta' too.
 - r = 5 and batch 100 as in Table 18; [C]: r = 15, Table 17: batch 128.
-- The virtual step's rate is f's; [C] halves it an epoch early. The weights at the end of a run
-  are g's in eval mode.
+- The virtual step's rate is f's; [C] halves it an epoch early.
+- The weights at the end of a run are g's in eval mode.
 - Pretrained models get the preprocessing of torchvision's weights; [P]'s ViT mean and std 0.5.
 - Test accuracy is the last epoch's; [C] reports the best epoch by test accuracy.
 """
@@ -206,10 +206,18 @@ def auxiliary_weight(w, r: float, weighting: str = "sample", normalize: bool = F
 
 
 def total_loss(primary_logits, auxiliary_logits, y, labels, weight):
-    """Mean of Eq. 5 over the batch. labels: (B, K) or (B,); None: the primary loss alone."""
+    """Mean of Eq. 5 over the batch.
+
+    labels: the auxiliary ones, (B, K) or (B,); None for the primary loss alone.
+    weight: the factors of the auxiliary losses, (B,), or one number.
+    """
     l_prim = focal_loss(primary_logits, y)  # (B,)
     if labels is None:
         return l_prim.mean()
+    if auxiliary_logits is None:
+        raise ValueError("the primary network has no auxiliary head for these labels")
+    if isinstance(weight, torch.Tensor) and weight.dim() > 1:  # (B, 1) would be the batch's mean
+        raise ValueError(f"weight is (B,) or one number, not {tuple(weight.shape)}")
     l_aux = focal_loss(auxiliary_logits, labels)  # (B,)
     return (l_prim + weight * l_aux).mean()
 
@@ -328,8 +336,6 @@ def virtual_step(primary, x, y, labels, weight, primary_lr) -> dict:
     # must draw the dropout masks of this one
     with sdpa_kernel(SDPBackend.MATH):
         primary_logits, auxiliary_logits = primary(x)
-        if auxiliary_logits is None:
-            raise ValueError("the primary network has no auxiliary head to make labels for")
         loss = total_loss(primary_logits, auxiliary_logits, y, labels, weight)
 
     theta = {name: p for name, p in primary.named_parameters() if p.requires_grad}
@@ -525,6 +531,7 @@ def train(args) -> dict:
             used = torch.cat(top_labels).unique()
             metrics["label_lr"] = label_optimizer.param_groups[0]["lr"]
             metrics["hypergradient_norm"] = float(norm_sum) / steps
+            # the share of g's classes that are some image's most likely one
             metrics["labels_used"] = len(used) / label_network.psi.sum().item()
             metrics.update(
                 describe_weights(
@@ -677,7 +684,7 @@ def describe_weights(w, y, noisy, r: float, num_classes: int) -> dict:
         "share_at_upper_bound": float((w > 0.99).double().mean()),
         "weight_mean_per_class": [float(c.mean()) if len(c) else None for c in of_class],
     }
-    if noisy.any():
+    if noisy.any() and not noisy.all():
         figures["weight_mean_noisy"] = float(weight[noisy].mean())
         figures["weight_mean_clean"] = float(weight[~noisy].mean())
     return figures
@@ -774,7 +781,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dataset", default="cifar100-20", help="one of " + ", ".join(IMAGE_SETS))
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--train-fraction", type=number(float, 1e-6, 1), default=1.0, help="share of each class")
-    add("--validation", type=share, default=0.0, help="share of training images to test on")
+    add("--validation", type=share, default=0.0, help="share of train to test on, not the test set")
     add(
         "--label-noise",
         type=share,
@@ -785,7 +792,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--workers", type=whole, default=min(8, os.cpu_count() or 1), help="to read image files")
 
     add = p.add_argument_group("method").add_argument
-    add("--method", choices=METHODS, default="wamal", help="maxl: all weights are 1")
+    add(
+        "--method",
+        choices=METHODS,
+        default="wamal",
+        help="maxl: all weights 1; human: the data's own sub-classes; single: no auxiliary task",
+    )
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--label-backbone", help="of the label network (default: the same)")
     add("--pretrained", action=argparse.BooleanOptionalAction, help="start from ImageNet weights")
@@ -794,12 +806,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         type=number(int, 1, 9999),
         nargs="+",
         default=[5],
-        help="made-up sub-classes a class",
+        help="made-up sub-classes of each class: one number (default: 5), or one for each",
     )
-    add("--r", type=factor, default=5.0, help="range of the weights, 2^-r to 2^r (Eq. 10)")
+    add("--r", type=factor, default=5.0, help="weights from 2^-r to 2^r (Eq. 10; default: 5)")
     add("--weighting", choices=["sample", "batch"], default="sample", help="Eq. 5, or batch means")
     add("--normalize-weights", action="store_true", help="scale a batch's weights to mean 1 (A.9)")
-    add("--entropy-weight", type=factor, default=0.2, help="of Eq. 8 in g's objective")
+    add("--entropy-weight", type=factor, default=0.2, help="of Eq. 8 for g (default: 0.2)")
     add("--aux-set", type=share, default=0.0, help="share held out for l_prim at theta' (A.3.2)")
 
     add = p.add_argument_group("optimisation").add_argument

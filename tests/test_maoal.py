@@ -94,6 +94,7 @@ STAGES = ["conv1", "layer1", "layer2", "layer3", "layer4"]
         (resnet18_cifar, STAGES),
         (torchvision.models.resnet18, STAGES),
         (vgg16_cifar, 13),
+        (torchvision.models.swin_t, 8),
         (mlp, ["2"]),
     ],
 )
@@ -200,10 +201,10 @@ def test_importance_as_paper_and_published_code_have_it():
     alpha = torch.tensor([[2.0, -1.0], [0.0, 4.0]])
     paper = maoal.Importance(2, 2)
     assert torch.equal(paper(), torch.ones(2, 3)), "all 1 at first, and for what is in no module"
-    paper.weight.data.copy_(alpha)
+    paper.alpha.data.copy_(alpha)
     assert torch.equal(paper(), torch.tensor([[2.0, -1.0, 1.0], [0.0, 4.0, 1.0]]))
     code = maoal.Importance(2, 2, relu=True, mean=True)
-    code.weight.data.copy_(alpha)
+    code.alpha.data.copy_(alpha)
     assert torch.equal(code(), torch.tensor([[1.0, 0.0, 0.5], [0.0, 2.0, 0.5]]))
 
 
@@ -216,7 +217,7 @@ def test_the_flags_of_the_importance_reach_it():
     ):
         importance = maoal.build_learned(arguments("maoal", *flags), 3, 2)
         assert (importance.relu, importance.mean) == expected
-        assert importance.weight.shape == (3, 2)
+        assert importance.alpha.shape == (3, 2)
 
 
 # -------- Losses ----------------------------------------------------------------------------------
@@ -228,6 +229,8 @@ def test_prediction_loss_masks_unlabelled_samples_and_squares_ratings():
     labelled = F.cross_entropy(logits[[0, 2]], y[[0, 2]])
     assert torch.allclose(maoal.prediction_loss(logits, y), labelled)
     assert maoal.prediction_loss(logits, torch.full((4,), -1)) == 0
+    with pytest.raises(ValueError, match=r"the ratings are \(4,\), predicted \(4, 1\)"):
+        maoal.prediction_loss(logits[:, :1], logits[:, 1])  # would broadcast to (4, 4)
     ratings = maoal.prediction_loss(logits[:, 0], logits[:, 1])
     assert torch.allclose(ratings, ((logits[:, 0] - logits[:, 1]) ** 2).mean())
 
@@ -370,7 +373,7 @@ def test_gradients_lie_in_memory_as_their_parameters_do():
     optimizer = torch.optim.Adam(importance.parameters(), 0.01, fused=True)
     maoal.importance_step(network, importance, optimizer, batches, dev, modules, lr=0.1)
     expected = 1 - 0.01 * slopes.sign()
-    assert relative_difference(importance.weight.detach(), expected) < 1e-4
+    assert relative_difference(importance.alpha.detach(), expected) < 1e-4
 
 
 # -------- The methods it is compared with ---------------------------------------------------------
@@ -686,7 +689,7 @@ def test_auxls_gradient_equals_double_backward(make):
 def test_importance_step_goes_through_relu_scale_and_clip():
     network, modules, batches, dev, alpha = make_problem()
     importance = maoal.Importance(2, len(modules), relu=True, mean=True).double()
-    importance.weight.data.copy_(alpha)
+    importance.alpha.data.copy_(alpha)
     optimizer = torch.optim.SGD(importance.parameters(), 1.0)
     a = with_rest(alpha.relu() / 2)
     gradient = maoal.importance_gradient(network, batches, dev, modules, a, lr=1.0, look_back=2)
@@ -694,7 +697,7 @@ def test_importance_step_goes_through_relu_scale_and_clip():
     options = {"lr": 1.0, "look_back": 2, "clip": 1e-3}
     norm = maoal.importance_step(network, importance, optimizer, batches, dev, modules, **options)
     assert abs(float(norm / gradient.norm()) - 1) < 1e-9
-    moved = alpha - importance.weight.detach()
+    moved = alpha - importance.alpha.detach()
     assert relative_difference(moved, gradient * 1e-3 / gradient.norm()) < 1e-4
     off = alpha < 0
     assert off.any() and (moved[off] == 0).all(), "an entry that is off stays off"
@@ -1175,7 +1178,7 @@ def test_every_flag_changes_what_it_says(tmp_path, plain, flags):
 def test_uncertainty_weighting_learns_its_variances(tmp_path):
     summary = run(tmp_path, "--method", "uncertainty")
     state = torch.load(Path(summary["folder"]) / "last.pt", weights_only=True)
-    assert ((state["learned"]["weight"] + 0.5).abs() > 1e-6).all(), "they start at -0.5"
+    assert ((state["learned"]["s"] + 0.5).abs() > 1e-6).all(), "they start at -0.5"
 
 
 def test_partitions_of_a_run(tmp_path):

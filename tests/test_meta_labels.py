@@ -382,6 +382,9 @@ def test_a_network_without_auxiliary_head_is_refused(script):
     primary = script.PrimaryNetwork(convnet4(), 2, 0).double()
     with pytest.raises(ValueError, match="no auxiliary head"):
         script.hypergradient(primary, label_network, x, y, **settings_of(script))
+    optimizer = torch.optim.SGD(primary.parameters(), 0.1)
+    with pytest.raises(ValueError, match="no auxiliary head"):
+        script.primary_step(primary, optimizer, x, y, labels=y)
 
 
 @both

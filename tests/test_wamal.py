@@ -37,6 +37,9 @@ def test_auxiliary_weight_variants():
     assert abs(batch - broadcast) < 1e-14
     with pytest.raises(ValueError, match="'sample' or 'batch', not 'bacth'"):
         wamal.auxiliary_weight(w, 3, "bacth")
+    logits, y = torch.randn(len(w), 3), torch.zeros(len(w), dtype=torch.long)
+    with pytest.raises(ValueError, match="weight is"):  # as in [C], where it becomes the mean
+        wamal.total_loss(logits, logits, y, y, w[:, None])
 
 
 def test_r_zero_is_maxl():

@@ -737,6 +737,8 @@ def stratified_subset(
     labels: torch.Tensor, fraction: float, generator: torch.Generator
 ) -> torch.Tensor:
     """Sorted indices of a random `fraction` (0..1) of each class in `labels` (N,), at least one."""
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"a fraction is from 0 to 1, not {fraction}")
     order = torch.randperm(len(labels), generator=generator)
     chosen = []
     for c in labels.unique():
@@ -748,7 +750,7 @@ def stratified_subset(
 def hold_out(split: Split, fraction: float, generator: torch.Generator) -> tuple[Split, Split]:
     """The split without a random `fraction` (0..1) of each of its classes, and that part.
 
-    Of each class at least one is held out, if it is the only one.
+    At least one of each class is held out: a class with only one is not in the first part.
     """
     held_out = stratified_subset(split.labels, fraction, generator)
     kept = torch.ones(len(split), dtype=torch.bool).index_fill_(0, held_out, False)
@@ -772,6 +774,8 @@ def corrupt_labels(
 
     All other classes are equally likely. Returns also which labels were replaced, bool (N,).
     """
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"a fraction is from 0 to 1, not {fraction}")
     noisy = torch.rand(len(split), generator=generator) < fraction
     if num_classes == 1:  # there is no other class
         noisy = torch.zeros_like(noisy)
@@ -844,6 +848,10 @@ def make_loader(
         allowed = f"batches of 2 to {n}, not a batch of {batch_size}"
         raise InputError(f"training on {n} images takes {allowed}")
     if isinstance(split.images, torch.Tensor):
+        shape = (3, image_set.image_size, image_set.image_size)
+        found = tuple(split.images.shape[1:])
+        if split.images.dtype != torch.uint8 or found != shape:
+            raise InputError(f"images are {split.images.dtype} {found}, not torch.uint8 {shape}")
         return DeviceLoader(split, image_set, batch_size, device, train=train, seed=seed)
     return FileLoader(split, image_set, batch_size, device, train=train, seed=seed, workers=workers)
 
@@ -2749,7 +2757,7 @@ def build_backbone(name: str, pretrained: bool = False) -> nn.Module:
     if name in BACKBONES:
         return BACKBONES[name]()
     if name not in backbone_names():
-        known = f"{', '.join(backbone_names())}, and FILE.py:FUNCTION"
+        known = f"FILE.py:FUNCTION, {', '.join(backbone_names())}"  # long: its end is cut off
         raise InputError(f"unknown backbone {name!r}; known are {known}")
     if pretrained:
         return load_pretrained(name)
@@ -2847,6 +2855,11 @@ def strip_classifier(classifier: nn.Module) -> tuple[Features, int]:
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, None)
             model.aux_logits = False
+
+    last = list(model.modules())[-1]
+    if isinstance(last, nn.Softmax | nn.LogSoftmax):
+        ending = f"{type(last).__name__}, not with logits; leave it out"
+        raise InputError(f"{type(model).__name__} ends with {ending}")
 
     names = [name for name, module in model.named_modules() if is_linear(module)]
     if not names:

@@ -88,7 +88,7 @@ class Heads(nn.Module):
     num_inputs, num_outputs: of each task; lists of one entry make one layer for all tasks.
     Called with x (T, B, max(num_inputs)), which is zero beyond a task's own inputs, returns
     (T, B, max(num_outputs)), which is -inf beyond its outputs. Weights that belong to no task get
-    no gradient, and stay 0.
+    gradient 0, and stay 0.
     """
 
     def __init__(self, num_inputs: list[int], num_outputs: list[int]):
@@ -134,9 +134,10 @@ class CoreLayers(nn.Module):
 
         Returns (T or 1, B, D, M, ...). One product, with the layers side by side.
         """
-        weight = self.weight[0].flatten(0, 1)  # (D M, C, ...)
-        bias = self.bias[0].flatten()
-        return self.for_all(y, weight, bias).unflatten(2, (self.depth, -1))
+        (weight,) = self.weight  # of the one set, (D, M, C, ...)
+        (bias,) = self.bias
+        outputs = self.for_all(y, weight.flatten(0, 1), bias.flatten())  # (T or 1, B, D M, ...)
+        return outputs.unflatten(2, (self.depth, -1))
 
     def for_all(self, y, weight, bias):
         """One layer on the rows of all tasks: phi(weight y + bias), (T or 1, B, M, ...).
@@ -231,6 +232,8 @@ class Core(nn.Module):
             raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
         if identity_layer and (method != "soft" or convolutional):
             raise ValueError("an identity layer is for soft order of layers that keep the shape")
+        if independent and method != "soft":
+            raise ValueError("independent scalings are for soft order")
         self.num_tasks = num_tasks
         self.method = method
         self.dropout = dropout
@@ -242,7 +245,8 @@ class Core(nn.Module):
         else:
             self.layers = DenseLayers(sets, depth, width, activation)
         if method == "soft":
-            self.scores = nn.Parameter(torch.zeros(num_tasks, depth + identity_layer, depth))
+            num_layers = depth + 1 if identity_layer else depth
+            self.scores = nn.Parameter(torch.zeros(num_tasks, num_layers, depth))
         if method == "permuted":
             if orders is None or orders.shape != (num_tasks, depth):
                 raise ValueError(f"permuted order needs orders, int64 ({num_tasks}, {depth})")
@@ -333,7 +337,7 @@ class SoftOrder(nn.Module):
     num_tasks: T.
     layer: a module whose output has its input's shape, or a function that makes one. `depth` of
         them are used; copies of a module get random weights of their own from its parts'
-        reset_parameters().
+        reset_parameters(). It must not overwrite its input, as inplace=True at its start does.
     dropout: dropped share of each layer's output.
     identity_layer: one more layer to mix, which returns its input.
     Called with x (T, B, ...), or (1, B, ...) if all tasks have this input; returns (T, B, ...).
@@ -369,7 +373,8 @@ class SoftOrder(nn.Module):
             self.reset_layers()  # equal layers would stay equal for ever
         else:
             self.layers = nn.ModuleList(layer() for _ in range(depth))
-        self.scores = nn.Parameter(torch.zeros(num_tasks, depth + identity_layer, depth))
+        num_layers = depth + 1 if identity_layer else depth
+        self.scores = nn.Parameter(torch.zeros(num_tasks, num_layers, depth))
         self.dropout = dropout
 
     def reset_layers(self) -> None:
@@ -407,6 +412,9 @@ def sample_losses(outputs, y):
     outputs: logits (T, B, C) for classes y (T, B), cross-entropy; or (T, B) for floats y of that
         shape, the squared error.
     """
+    wanted = outputs.shape if y.is_floating_point() else outputs.shape[:2]
+    if y.shape != wanted:
+        raise ValueError(f"targets {tuple(y.shape)} for outputs {tuple(outputs.shape)}")
     if y.is_floating_point():
         return (outputs - y).square()
     losses = F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="none")
@@ -474,14 +482,15 @@ def permuted_order(orders, layers: CoreLayers, y, dropout: float = 0.0):
     orders: rho, int64 (T, D), layers counted from 0.  y, dropout: as for soft_order.
     """
     num_tasks = len(orders)
-    for k in range(layers.depth):
-        chosen = orders[:, k]  # (T,)
+    (weights,) = layers.weight  # of the one set, (D, M, C, ...)
+    (biases,) = layers.bias
+    for chosen in orders.unbind(dim=1):  # (T,), each task's layer at this depth
         if len(y) == 1 and num_tasks > 1:  # every layer once, on the tasks' common input
             outputs = layers(y)[0]  # (B, D, ...)
             y = outputs.index_select(1, chosen).transpose(0, 1)
         else:
-            weight = layers.weight[0].index_select(0, chosen)
-            bias = layers.bias[0].index_select(0, chosen)
+            weight = weights.index_select(0, chosen)
+            bias = biases.index_select(0, chosen)
             y = layers.for_each(y, weight, bias)
         y = drop(y, dropout, num_tasks)
     return y
@@ -492,8 +501,10 @@ def parallel_order(num_tasks: int, layers: CoreLayers, y, dropout: float = 0.0):
 
     y, dropout: as for soft_order.
     """
-    for k in range(layers.depth):
-        y = layers.for_all(y, layers.weight[0, k], layers.bias[0, k])
+    (weights,) = layers.weight  # of the one set, (D, M, C, ...)
+    (biases,) = layers.bias
+    for weight, bias in zip(weights, biases, strict=True):
+        y = layers.for_all(y, weight, bias)
         y = drop(y, dropout, num_tasks)
     return y.expand(num_tasks, *y.shape[1:])
 
@@ -511,7 +522,7 @@ def single_order(layers: CoreLayers, y, dropout: float = 0.0):
 
 
 def drop(y, rate: float, num_tasks: int):
-    """Dropout of a share `rate` of y (T or 1, ...), each task with a mask of its own: (T, ...)."""
+    """Dropout of a share `rate` of y (T or 1, ...), a mask for each task: (T, ...); 0: y itself."""
     if not 0 <= rate < 1:
         raise ValueError(f"dropout is a share from 0 to below 1, not {rate}")
     if rate == 0:
@@ -614,7 +625,9 @@ def train(args) -> dict:
 
     write_errors(folder, tasks.names, history, part)
     if args.method == "soft":
-        names = tasks.names + ["landmarks"] * args.landmarks
+        names = list(tasks.names)
+        if args.landmarks:
+            names.append("landmarks")
         write_scalings(folder, names, history, args.identity_layer)
         draw_scalings(folder, history[-1])
     if args.dataset == "fours":
@@ -670,7 +683,7 @@ def build_face_network(args, num_attributes: int) -> FaceNetwork:
     """The network of the run on CelebA."""
     trunk, features = strip_classifier(build_backbone(args.backbone, args.pretrained))
     check_trunk(trunk, args.backbone, args.image_size)
-    num_tasks = num_attributes + args.landmarks
+    num_tasks = num_attributes + 1 if args.landmarks else num_attributes
     core = Core(
         num_tasks,
         args.method,
@@ -764,9 +777,10 @@ def evaluate(network, samples: Samples, part: str) -> dict:
             wrong = wrong + ((outputs.argmax(dim=2) != y) & real).sum(dim=1)
     network.train()
 
-    errors = 100 * wrong / counts
     if y.is_floating_point():
         errors = 100 * (loss / counts).sqrt()
+    else:
+        errors = 100 * wrong / counts
     return {
         f"{part}_error": float(errors.mean()),
         f"{part}_loss": float((loss / counts).sum()),
@@ -1018,7 +1032,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
     add("--tasks", type=count, help="how many (default: 10, omniglot 50, celeba 40, random 2)")
     add("--task-names", nargs="+", help="mnist: pairs like 3-8; uci, omniglot, celeba: names")
-    add("--test-fraction", type=number(float, 1e-6, 0.99), help="default: uci 0.2, omniglot 0.1")
+    add(
+        "--test-fraction",
+        type=number(float, 1e-6, 0.99),
+        help="share to test on (uci 0.2, omniglot 0.1)",
+    )
     add("--image-size", type=count, help="celeba: side in pixels (default: 224)")
     add("--samples", type=count, help="random: samples of each task (default: 128)")
 
@@ -1027,10 +1045,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--method",
         choices=METHODS,
         default="soft",
-        help="permuted: each task has an order of its own, at random; single: layers of its own",
+        help="soft: each task mixes the layers; parallel: one order for all; permuted: a random "
+        "one for each; single: layers of its own",
     )
     add("--depth", type=number(int, 1, 99), help="core layers (default: 4, random 2, synthetic 3)")
-    add("--activation", choices=["relu", "linear"], help="random: linear is Fig. 2a, relu Fig. 2b")
+    add("--activation", choices=["relu", "linear"], help="phi (relu; random linear, Fig. 2a)")
     add("--dropout", type=share, help="of layers' outputs (0.5; uci 0.8, fours and made-up data 0)")
     add("--identity-layer", action="store_true", help="soft: mix in each depth's input, too (4.4)")
     add("--landmarks", action="store_true", help="celeba: five landmarks' places as one more task")
@@ -1044,7 +1063,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--batch-size",
         type=count,
-        help="a task (64; uci, celeba 32, omniglot 1; fours, random all)",
+        help="samples of each task a step (64; uci, celeba 32, omniglot 1; fours, random all)",
     )
     add("--lr", type=rate, default=1e-3, help="of Adam; celeba ends with RMSProp at 1e-5")
 

@@ -465,6 +465,11 @@ def test_stratified_subset_hold_out_and_corrupt_labels():
     assert not common.corrupt_labels(rest, 0.0, 3, seeded(0))[1].any()
     assert not common.corrupt_labels(rest, 0.9, 1, seeded(0))[1].any()
 
+    with pytest.raises(ValueError, match="a fraction is from 0 to 1, not 10"):
+        common.stratified_subset(labels, 10, seeded(0))
+    with pytest.raises(ValueError, match="a fraction is from 0 to 1, not 40"):
+        common.corrupt_labels(rest, 40, 3, seeded(0))
+
 
 ####################################################################################################
 # Loaders: what holds for all of them
@@ -1877,6 +1882,19 @@ def test_strip_classifier_on_users_own_modules():
     assert trunk(torch.ones(2, 7)).shape == (2, 7)
     with pytest.raises(InputError, match="no Linear"):
         common.strip_classifier(nn.Conv2d(3, 4, 3))
+    with pytest.raises(InputError, match="Sequential ends with Softmax, not with logits"):
+        common.strip_classifier(nn.Sequential(nn.Linear(7, 3), nn.Softmax(dim=1)))
+
+
+def test_images_that_do_not_fit_their_set_are_refused(synthetic):
+    wide = replace(synthetic.train, images=synthetic.train.images.repeat(1, 1, 1, 2))
+    with pytest.raises(
+        InputError, match=r"torch.uint8 \(3, 32, 64\), not torch.uint8 \(3, 32, 32\)"
+    ):
+        make_loader(wide, synthetic, 8, CPU, train=False)
+    floats = replace(synthetic.train, images=synthetic.train.images / 255)
+    with pytest.raises(InputError, match=r"images are torch.float32 \(3, 32, 32\)"):
+        make_loader(floats, synthetic, 8, CPU, train=False)
 
 
 def test_check_trunk_takes_channels_last_unless_a_view_forbids_it():

@@ -106,6 +106,8 @@ def test_gates_match_their_formulas_and_the_temperatures_ends():
     assert abs(soft[0.01] - 0.035) < 5e-3 and soft[0.001] < 5e-3
     shares = mtl_nas.gate(torch.full((200000,), 1.2), "stochastic", 1e-6).mean()
     assert abs(shares - torch.tensor(1.2).sigmoid()) < 5e-3, "at tau near 0 a Bernoulli draw"
+    with pytest.raises(ValueError, match="temperature is above 0, not -1"):
+        mtl_nas.gate(alpha, "stochastic", -1)
 
 
 def test_discretisation_thresholds_or_draws():
@@ -404,6 +406,14 @@ def test_fusion_starts_as_the_identity_and_the_shares_are_as_told():
         assert relative_difference(a, b) < 1e-12
     weight = mtl_nas.Fusion(4, [0, 1], (0.9, 0.1)).weight
     assert torch.allclose(weight, torch.tensor([0.9, 0.05, 0.05])[:, None, None] * torch.eye(4))
+    one = [torch.tensor([1.0])] * 2  # for all edges of a network: it would be broadcast
+    with pytest.raises(ValueError):
+        network(x, one)
+    fusion = mtl_nas.Fusion(4, [0, 1], (0.9, 0.1))
+    with pytest.raises(ValueError, match=r"gates \(1,\) for 2 sources"):
+        fusion(torch.ones(2, 4, 2, 2), [torch.ones(2, 4, 2, 2)] * 2, torch.ones(1))
+    with pytest.raises(ValueError):
+        unfused(x, one)
     wide = mtl_nas.Fusion(200, [0], None).weight
     assert abs(wide.std() - math.sqrt(2 / 200)) < 2e-3, "Kaiming-normal, fan-out"
 
@@ -436,6 +446,8 @@ def test_losses_of_a_batch_without_labels_are_zero_with_a_finite_gradient():
         logits, prediction, torch.full((2, 4, 4), -1), torch.zeros(2, 3, 4, 4)
     )
     assert [float(loss) for loss in losses] == [0, 0, 0]
+    with pytest.raises(ValueError, match=r"normals \(1, 3, 4, 4\) for \(2, 3, 4, 4\) predicted"):
+        mtl_nas.task_losses(logits, prediction, losses[0], torch.zeros(1, 3, 4, 4))
     losses[0].backward()
     assert logits.grad.isfinite().all() and prediction.grad.isfinite().all()
 

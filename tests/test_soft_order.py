@@ -320,6 +320,11 @@ def test_a_misspelt_activation_is_told_the_known_ones(convolutional):
         soft_order.Core(2, "soft", 3, 6, activation="ReLU", convolutional=convolutional)
 
 
+def test_independent_scalings_are_soft_order_s():
+    with pytest.raises(ValueError, match="independent scalings are for soft order"):
+        soft_order.Core(2, "parallel", 3, 6, independent=True)
+
+
 @pytest.mark.parametrize("method, convolutional", [("parallel", False), ("soft", True)])
 def test_an_identity_layer_that_cannot_be_mixed_is_refused(method, convolutional):
     with pytest.raises(ValueError, match="soft order of layers that keep the shape"):
@@ -412,6 +417,27 @@ def test_sample_losses_match_the_definition():
     assert relative_difference(soft_order.sample_losses(z, y), expected) < 1e-6
     total = float(expected.mean(dim=1).sum())
     assert float(soft_order.total_loss(z, y)) == pytest.approx(total, rel=1e-6)
+
+
+def test_targets_that_would_be_broadcast_or_paired_wrongly_are_refused():
+    z = torch.randn(2, 2, 1)
+    with pytest.raises(ValueError, match=r"targets \(2, 2\) for outputs \(2, 2, 1\)"):
+        soft_order.sample_losses(z, torch.randn(2, 2))
+    with pytest.raises(ValueError, match=r"targets \(5, 2\) for outputs \(2, 5, 4\)"):
+        soft_order.sample_losses(torch.randn(2, 5, 4), torch.randint(4, (5, 2)))
+
+
+@pytest.mark.parametrize("method", ["soft", "parallel", "permuted"])
+def test_layers_of_each_task_are_not_taken_for_common_ones(method):
+    layers = soft_order.DenseLayers(2, 3, 4, "relu")
+    y = torch.randn(2, 5, 4)
+    with pytest.raises(ValueError, match="values to unpack"):
+        if method == "soft":
+            soft_order.soft_order(torch.zeros(2, 3, 3), layers, y)
+        elif method == "parallel":
+            soft_order.parallel_order(2, layers, y)
+        else:
+            soft_order.permuted_order(torch.zeros(2, 3, dtype=torch.long), layers, y)
 
 
 def test_one_output_is_a_sigmoid():

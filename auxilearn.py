@@ -240,9 +240,9 @@ def clamp_weights(combiner: nn.Module) -> None:
 
 
 def effective_weights(combiner: nn.Module, losses):
-    """dg / dl_i at mean losses (K,), their weight in a step on W: (K,).
+    """dg / dl_i, the weight of each loss in a step on W: (K,).
 
-    losses: or mean loss maps (K, H, W); then of a change of l_i in all pixels.
+    losses: the mean losses (K,), or mean loss maps (K, H, W), where l_i changes in all pixels.
     """
     losses = losses.detach().requires_grad_()
     (weights,) = torch.autograd.grad(combiner(losses[None]), losses)
@@ -261,6 +261,8 @@ def masked_softmax(logits, y, psi):
     Returns (B, K), rows sum to 1. A row without a class of its own (y out of range, or its psi is
     0) is NaN.
     """
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"y is {tuple(y.shape)}, not a class for each of {len(logits)} rows")
     psi = torch.as_tensor(psi, device=logits.device)
     classes = torch.arange(len(psi), device=logits.device)
     owner = classes.repeat_interleave(psi, output_size=logits.shape[1])  # (K,)
@@ -270,18 +272,21 @@ def masked_softmax(logits, y, psi):
 def focal_loss(logits, target):
     """Focal loss of each sample, (7), (B,). Linear in the target.
 
-    logits: (B, K).  target: soft labels (B, K), or class indices (B,), of an integer type.
+    logits: (B, K).  target: soft labels (B, K), or class indices (B,), int64.
     """
     log_p = logits.log_softmax(dim=1)
     costs = -((1 - log_p.exp()) ** 2) * log_p  # (B, K)
-    if target.dim() == 2:
+    if target.shape == logits.shape:
         return (target * costs).sum(dim=1)
-    if target.is_floating_point():
-        raise ValueError("class indices are integers; soft labels have two dimensions, (B, K)")
+    if target.shape != logits.shape[:1] or target.is_floating_point():
+        raise ValueError("class indices are integers, (B,); soft labels are as the logits, (B, K)")
     return costs.gather(1, target[:, None])[:, 0]
 
 
-def image_losses(outputs, y, labels=None, factor: float = 0.25):
+AUXILIARY_FACTOR = 0.25  # of l_2 in (1)
+
+
+def image_losses(outputs, y, labels=None, factor: float = AUXILIARY_FACTOR):
     """Each image's losses (B, K), main one first.
 
     outputs: the logits of one or two tasks.  y: (B,).
@@ -289,7 +294,7 @@ def image_losses(outputs, y, labels=None, factor: float = 0.25):
     factor: of the auxiliary loss.
     """
     losses = [focal_loss(outputs[0], y)]
-    if labels is not None and len(outputs) > 1:
+    if labels is not None:
         losses.append(factor * focal_loss(outputs[1], labels))
     return torch.stack(losses, dim=1)
 
@@ -345,8 +350,8 @@ def implicit_gradient(
 ):
     """The gradient (5) of the upper loss through the lower problem's solution, by (3) and (4).
 
-    loss_lower, loss_upper: functions from a dict like `parameters` to a scalar, each called once;
-        the lower one uses the hyperparameters, the upper one does not.
+    loss_lower, loss_upper: functions from a dict like `parameters`, which they have to use, to a
+        scalar, each called once; the lower one uses the hyperparameters, the upper one does not.
     parameters: dict of tensors, at which everything is taken.
     hyperparameters: list of tensors with requires_grad.
     neumann_steps: J, Hessian-vector products.
@@ -402,13 +407,14 @@ def vector_jacobian(vectors, gradients, inputs, last: bool = False):
     )
 
 
-def lower_step(primary, optimizer, x, y, labels=None, *, combiner, losses):
+def lower_step(primary, optimizer, x, y, labels=None, *, combiner, losses_of):
     """An optimiser step on W, (1), with phi fixed.
 
-    labels: the auxiliary ones, of images.  losses: image_losses, scene_losses or scene_loss_maps.
+    labels: the auxiliary ones, of images.
+    losses_of: image_losses, scene_losses or scene_loss_maps.
     Returns L_T, a scalar, and the batch's mean losses, (K,) or (K, H, W), both without gradient.
     """
-    values = losses(primary(x), y, labels)  # (B, K) or (B, K, H, W)
+    values = losses_of(primary(x), y, labels)  # (B, K) or (B, K, H, W)
     loss = combiner(values)
     optimizer.zero_grad()
     loss.backward(inputs=trained_by(optimizer))  # and not phi
@@ -429,13 +435,13 @@ def set_gradient(p, gradient) -> None:
     p.grad = gradient
 
 
-def gcs_step(primary, optimizer, x, y, labels=None, *, combiner, losses):
+def gcs_step(primary, optimizer, x, y, labels=None, *, combiner, losses_of):
     """The step of gradient cosine similarity. Arguments and result are those of lower_step.
 
     On the trunk, an auxiliary gradient joins the main one, whole, if their cosine is positive; the
-    heads follow the plain sum.
+    heads follow the plain sum. The combiner is not used.
     """
-    values = losses(primary(x), y, labels).mean(dim=0)  # (K,)
+    values = losses_of(primary(x), y, labels).mean(dim=0)  # (K,)
     parameters = [p for p in primary.parameters() if p.requires_grad]
     shared = len([p for p in primary.trunk.parameters() if p.requires_grad])  # they come first
     of_loss = []
@@ -461,14 +467,25 @@ def gcs_step(primary, optimizer, x, y, labels=None, *, combiner, losses):
 
 
 def upper_step(
-    primary, combiner, label_network, optimizer, x, y, x_upper, y_upper, losses, *, clip, **options
+    primary,
+    combiner,
+    label_network,
+    optimizer,
+    x,
+    y,
+    x_upper,
+    y_upper,
+    losses_of,
+    *,
+    clip,
+    **options,
 ):
     """An optimiser step on phi, (2), along (5), with W fixed.
 
     label_network: None in --mode combine. phi is the combiner's and its parameters.
     optimizer: of phi.
     x, y: a training batch.  x_upper, y_upper: one of the auxiliary set.
-    losses: as in lower_step.
+    losses_of: as in lower_step.
     clip: the largest norm of phi's whole gradient.  options: those of implicit_gradient.
     Returns the norm before clipping. Of W and the running statistics nothing changes; the label
     network's statistics follow its pass.
@@ -482,16 +499,17 @@ def upper_step(
         return functional_call(primary, theta | buffers, (images,))
 
     def loss_lower(theta):
-        return combiner(losses(outputs(theta, x), y, labels))
+        return combiner(losses_of(outputs(theta, x), y, labels))
 
     def loss_upper(theta):
-        return losses(outputs(theta, x_upper)[:1], y_upper)[:, 0].mean()
+        return losses_of(outputs(theta, x_upper)[:1], y_upper)[:, 0].mean()
 
     theta = {name: p for name, p in primary.named_parameters() if p.requires_grad}
     if label_network is not None:
         # as in [C], without the made-up task's head: L_A does not reach it
         theta = {name: p for name, p in theta.items() if not name.startswith("heads.1.")}
     phi = trained_by(optimizer)
+    # on a CPU, second derivatives are faster in torch's usual memory layout
     layout = nullcontext()
     if isinstance(primary.trunk, Features) and not x.is_cuda:
         theta = {name: p.detach().contiguous() for name, p in theta.items()}
@@ -550,15 +568,15 @@ def train(args) -> dict:
     if args.mode == "combine":
         primary = build_scene_network(args, data)
         label_network = None
-        losses = scene_losses
+        losses_of = scene_losses
         if args.combiner == "conv":
-            losses = scene_loss_maps
+            losses_of = scene_loss_maps
         tasks = ["segmentation", "depth", "normals"][: len(primary.heads)]
     else:
         primary, label_network = build_image_networks(args, data)
-        losses = image_losses
+        losses_of = image_losses
         if args.method != "auxilearn":
-            losses = partial(image_losses, factor=1.0)
+            losses_of = partial(image_losses, factor=1.0)
         tasks = ["primary", "auxiliary"][: len(primary.heads)]
     combiner = build_combiner(args, len(tasks))
     primary.to(device)
@@ -628,7 +646,7 @@ def train(args) -> dict:
 
         # This epoch's steps: a Graph keeps the learning rate that it was made with
         bind = Graph if args.cuda_graph else partial
-        step_on_w = bind(take_step, primary, optimizer, combiner=combiner, losses=losses)
+        step_on_w = bind(take_step, primary, optimizer, combiner=combiner, losses_of=losses_of)
         if label_network is not None:
             make_labels = bind(label_network)
         if args.method == "auxilearn":
@@ -638,7 +656,7 @@ def train(args) -> dict:
                 combiner,
                 label_network,
                 upper_optimizer,
-                losses=losses,
+                losses_of=losses_of,
                 **upper_options,
             )
 
@@ -679,9 +697,9 @@ def train(args) -> dict:
         for i, task in enumerate(tasks):
             metrics[f"{task}_loss"] = float(mean_losses[i].mean())
             metrics[f"{task}_weight"] = float(weights[i])
-        if label_network is not None:  # l_2 is a quarter of the focal loss, which these are of
-            metrics["auxiliary_loss"] *= 4
-            metrics["auxiliary_weight"] /= 4
+        if label_network is not None:  # of the focal loss itself, not of l_2
+            metrics["auxiliary_loss"] /= AUXILIARY_FACTOR
+            metrics["auxiliary_weight"] *= AUXILIARY_FACTOR
         if upper_steps:
             metrics["hypergradient_norm"] = float(norm_sum) / upper_steps
         if args.method == "dwa":
@@ -896,7 +914,7 @@ def evaluate_scenes(primary, loader) -> dict:
             depth_sums.append(torch.stack([error.sum(), relative.sum(), known.sum()]))
             cosine = F.cosine_similarity(outputs[2], normals, dim=1).clamp(-1, 1)
             known = normals.abs().amax(dim=1) > 0
-            angles.append(cosine.acos().rad2deg().where(known, math.nan).flatten())
+            angles.append(cosine.acos().rad2deg().where(known, -1.0).flatten())
     primary.train()
 
     metrics = {"loss": float(torch.cat(losses).mean())}
@@ -954,8 +972,8 @@ def pixel_accuracy(table) -> float:
 
 
 def normal_metrics(angles) -> dict:
-    """Mean and median of angles in degrees (nan: unknown), and the percentage within each limit."""
-    angles = angles[~angles.isnan()].double()
+    """Mean and median of angles in degrees (-1: unknown), and the percentage within each limit."""
+    angles = angles[angles != -1].double()  # nan stays, of a network that diverged
     metrics = {
         "normal_mean": float(angles.mean()),
         "normal_median": median(angles),
@@ -1076,7 +1094,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     known = f"generate: {', '.join(IMAGE_SETS)}; combine: {', '.join(SCENE_SETS)}"
     add("--dataset", help=f"{known} (default: cifar100-20; nyuv2)")
     add("--data-root", default="data", help="folder of the data sets, and of their downloads")
-    add("--train-fraction", type=number(float, 1e-6, 1), help="of each class (oxford-pet 0.3)")
+    add(
+        "--train-fraction", type=number(float, 1e-6, 1), help="share of each class (oxford-pet 0.3)"
+    )
     add("--validation", type=share, default=0.0, help="share of train to test on, not the test set")
     add(
         "--aux-set",
@@ -1092,8 +1112,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--method",
         choices=METHODS,
         default="auxilearn",
-        help="single: no auxiliary task; human: generate, the data's own sub-classes; equal, "
-        "uncertainty, dwa, gcs: combine",
+        help="single: no auxiliary task; human: the data's own sub-classes; equal: the plain sum, "
+        "for --mode combine; uncertainty, dwa, gcs: of the scenes' losses, or with human's labels",
     )
     add("--backbone", help=f"{', '.join(BACKBONES)}, any of torchvision.models, FILE.py:FUNCTION")
     add("--label-backbone", help="of the label network (default: the same)")
@@ -1106,7 +1126,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--combiner", choices=combiners, default="linear", help="g of (8); conv: combine only")
     add("--hidden", type=count, nargs="+", help="of the nonlinear g (default: 10 10; combine 3)")
     add("--upper-every", type=count, help="steps on W for each on phi (default: 30; nyuv2 50)")
-    add("--upper-batch-size", type=number(int, 2), help="of (3) (default: --batch-size; nyuv2 2)")
+    add("--upper-batch-size", type=number(int, 2), help="in steps on phi (--batch-size; nyuv2 2)")
     add("--neumann-steps", type=number(int, 0), default=3, help="J of (4)")
     add("--inner-lr", type=rate, help="eta of (4) (default: --lr)")
     scales = ["published", "exact"]
@@ -1129,7 +1149,12 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="step (default): halved every 50 epochs, combine every 100; cosine: oxford-pet, "
         "cub200, synthetic-scenes",
     )
-    add("--amp", choices=["none", "bf16"], default="none", help="bf16: trunks, but for phi's step")
+    add(
+        "--amp",
+        choices=["none", "bf16"],
+        default="none",
+        help="bf16: of trunks, not in steps on phi",
+    )
     add(
         "--refresh-statistics", action="store_true", help="of BatchNorm, by a pass before each test"
     )
@@ -1191,6 +1216,8 @@ def check_mode(args, p) -> None:
         p.error("--combiner conv is for --mode combine")
     if args.hidden is not None and args.combiner != "nonlinear":
         p.error("--hidden is for --combiner nonlinear")
+    if args.method != "auxilearn" and args.psi is not None:
+        p.error(f"--psi is for --method auxilearn, not for {args.method}")
     if args.method != "auxilearn" and (args.combiner != "linear" or args.aux_set is not None):
         p.error(f"--combiner and --aux-set are for --method auxilearn, not for {args.method}")
 

@@ -154,6 +154,8 @@ def masked_softmax(logits, y, psi):
     Returns (B, K), rows sum to 1. A row without a class of its own (y out of range, or its psi is
     0) is NaN.
     """
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"y is {tuple(y.shape)}, not a class for each of {len(logits)} rows")
     psi = torch.as_tensor(psi, device=logits.device)
     classes = torch.arange(len(psi), device=logits.device)
     owner = classes.repeat_interleave(psi, output_size=logits.shape[1])  # (K,)
@@ -173,14 +175,14 @@ def focal_costs(logits, gamma: float = 2.0):
 def focal_loss(logits, target, gamma: float = 2.0):
     """Focal loss of each sample, (5), (B,). Linear in the target.
 
-    logits: (B, K).  target: soft labels (B, K), or class indices (B,), of an integer type.
+    logits: (B, K).  target: soft labels (B, K), or class indices (B,), int64.
     gamma: 0 (cross-entropy) or at least 1.
     """
     costs = focal_costs(logits, gamma)
-    if target.dim() == 2:
+    if target.shape == logits.shape:
         return (target * costs).sum(dim=1)
-    if target.is_floating_point():
-        raise ValueError("class indices are integers; soft labels have two dimensions, (B, K)")
+    if target.shape != logits.shape[:1] or target.is_floating_point():
+        raise ValueError("class indices are integers, (B,); soft labels are as the logits, (B, K)")
     return costs.gather(1, target[:, None])[:, 0]
 
 
@@ -197,6 +199,8 @@ def negative_entropy(soft_labels):
 def auxiliary_loss(outputs, labels, gamma: float = 2.0, latent: bool = False):
     """l_aux of each sample, (B,). latent: labels are vectors, and it is the mean squared error."""
     if latent:
+        if labels.shape != outputs.shape:
+            raise ValueError(f"vectors are {tuple(outputs.shape)}, not {tuple(labels.shape)}")
         return (outputs - labels).square().mean(dim=1)
     return focal_loss(outputs, labels, gamma)
 
@@ -309,7 +313,7 @@ def hypergradient(
     upper: (x_upper, y_upper), the batch of l_prim at theta'; None: (x, y).
     primary_lr: theta's learning rate. The virtual step is plain SGD, whatever f's optimiser is.
     gamma: of the focal losses.
-    latent: g is a LatentNetwork, and (3) has no H.
+    latent: if and only if g is a LatentNetwork; (3) then has no H.
     difference_step: None, or for the first-order variant the length of its two steps along v.
     Returns the gradients of phi's trainable parameters, in their order. Changes no parameter;
     BatchNorm's running statistics follow g's pass and f's pass at theta, once each.
@@ -693,7 +697,7 @@ def refresh_statistics(primary, batches) -> None:
 
 @torch.no_grad()
 def evaluate(primary, loader, gamma: float = 2.0) -> dict:
-    """Accuracy in percent and mean focal loss on the loader's images, in eval mode."""
+    """Accuracy in percent and mean primary loss on the loader's images, in eval mode."""
     primary.eval()
     correct = 0
     loss = 0
@@ -854,11 +858,16 @@ def parse_args(argv=None) -> argparse.Namespace:
         nargs="+",
         help="made-up sub-classes of each class: one number (default: 5), or one for each",
     )
-    add("--entropy-weight", type=factor, default=0.2, help="of H, (6), labels only (default: 0.2)")
+    add(
+        "--entropy-weight",
+        type=factor,
+        default=0.2,
+        help="of H, (6); not for maxl-latent (default: 0.2)",
+    )
     add("--loss", choices=GAMMA, default="focal", help="of both tasks")
     add("--no-mask", action="store_true", help="softmax over all auxiliary classes, not (4)")
     add("--same-iteration", action="store_true", help="both networks learn from each batch in turn")
-    add("--held-out", type=share, default=0.0, help="share held out for the loss at theta'")
+    add("--held-out", type=share, default=0.0, help="share of train kept for the loss at theta'")
     add("--difference-step", type=rate, default=0.01, help="maxl-first-order: step along v")
 
     add = p.add_argument_group("optimisation").add_argument
@@ -877,9 +886,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="step: halved every 50 epochs (cifar100; others cosine)",
     )
     add("--amp", choices=["none", "bf16"], default="none", help="bf16: trunks run under autocast")
-    add(
-        "--cosine-batches", type=whole, default=0, help="an epoch whose gradients' cosine is logged"
-    )
+    add("--cosine-batches", type=whole, default=0, help="of each epoch, for Fig. 1's cosine")
     add(
         "--refresh-statistics", action="store_true", help="of BatchNorm, by a pass before each test"
     )
@@ -897,6 +904,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--momentum is for --optimizer sgd")
     if args.psi is not None and args.aux_level is not None:
         p.error("--psi and --aux-level both give the number of sub-classes; choose one")
+    if args.psi is not None and args.method in ("single", "human"):
+        p.error(f"--psi is for made-up sub-classes, which {args.method} has not")
     if (args.held_out or args.same_iteration) and not learns_labels:
         p.error(f"--held-out and --same-iteration are for learned labels, not for {args.method}")
     if args.cosine_batches and args.method == "single":

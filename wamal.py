@@ -145,6 +145,8 @@ def masked_softmax(logits, y, psi):
     Returns (B, K), rows sum to 1. A row without a class of its own (y out of range, or its psi is
     0) is NaN.
     """
+    if y.shape != logits.shape[:1]:
+        raise ValueError(f"y is {tuple(y.shape)}, not a class for each of {len(logits)} rows")
     psi = torch.as_tensor(psi, device=logits.device)
     classes = torch.arange(len(psi), device=logits.device)
     owner = classes.repeat_interleave(psi, output_size=logits.shape[1])  # (K,)
@@ -164,13 +166,13 @@ def focal_costs(logits):
 def focal_loss(logits, target):
     """Focal loss of each sample, (B,). Linear in the target.
 
-    logits: (B, K).  target: soft labels (B, K), or class indices (B,), of an integer type.
+    logits: (B, K).  target: soft labels (B, K), or class indices (B,), int64.
     """
     costs = focal_costs(logits)
-    if target.dim() == 2:
+    if target.shape == logits.shape:
         return (target * costs).sum(dim=1)
-    if target.is_floating_point():
-        raise ValueError("class indices are integers; soft labels have two dimensions, (B, K)")
+    if target.shape != logits.shape[:1] or target.is_floating_point():
+        raise ValueError("class indices are integers, (B,); soft labels are as the logits, (B, K)")
     return costs.gather(1, target[:, None])[:, 0]
 
 
@@ -805,7 +807,6 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--psi",
         type=number(int, 1, 9999),
         nargs="+",
-        default=[5],
         help="made-up sub-classes of each class: one number (default: 5), or one for each",
     )
     add("--r", type=factor, default=5.0, help="weights from 2^-r to 2^r (Eq. 10; default: 5)")
@@ -848,6 +849,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         p.error("--normalize-weights with --weighting batch makes every weight 1: --method maxl")
     if args.aux_set and args.method in ("single", "human"):
         p.error(f"--aux-set is for methods that learn labels, which {args.method} does not")
+    if args.psi is not None and args.method in ("single", "human"):
+        p.error(f"--psi is for made-up sub-classes, which {args.method} has not")
     if args.refresh_statistics and args.method in ("wamal", "maxl"):
         p.error(f"--refresh-statistics: {args.method}'s second phase does so already")
     if args.label_noise and args.method == "human":
@@ -870,6 +873,8 @@ def parse_args(argv=None) -> argparse.Namespace:
             setattr(args, name, value)
     if args.label_backbone is None:
         args.label_backbone = args.backbone
+    if args.psi is None:
+        args.psi = [5]
     return args
 
 

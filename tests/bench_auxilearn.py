@@ -58,13 +58,13 @@ def variants(args, device) -> dict:
 
     def plain():
         primary, optimizer, combiner = networks("plain")
-        auxilearn.lower_step(primary, optimizer, x, y, combiner=combiner, losses=losses)
+        auxilearn.lower_step(primary, optimizer, x, y, combiner=combiner, losses_of=losses)
 
     def lower():
         primary, optimizer, combiner, label_network, _ = networks("ours")
         with torch.no_grad():
             labels = label_network(x, y)
-        auxilearn.lower_step(primary, optimizer, x, y, labels, combiner=combiner, losses=losses)
+        auxilearn.lower_step(primary, optimizer, x, y, labels, combiner=combiner, losses_of=losses)
 
     def upper():
         primary, _, combiner, label_network, optimizer = networks("ours")

@@ -755,6 +755,14 @@ def test_wrong_arguments_get_one_line_and_code_2(script, tmp_path, capsys, argum
     assert not (tmp_path / "runs").exists(), "nothing is left behind"
 
 
+@pytest.mark.parametrize("name", ["wamal", "maxl", "auxilearn"])
+@pytest.mark.parametrize("method", ["single", "human"])
+def test_sub_classes_are_refused_where_none_are_made_up(name, method, tmp_path, capsys):
+    script = importlib.import_module(name)
+    arguments = tiny(script, tmp_path, "--psi", 3, "--method", method)
+    assert "--psi is for" in refuses(script, capsys, *arguments)
+
+
 def test_no_pretrained_is_known_to_each_script_that_advises_it(script):
     """The error of weights that cannot be had names it: common.load_pretrained."""
     dataset = ["--dataset", "celeba"] if name_of(script) == "soft_order" else []

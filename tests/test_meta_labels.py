@@ -88,9 +88,14 @@ def test_focal_loss_stays_finite_for_certain_predictions(script):
 
 
 @both
-def test_focal_loss_refuses_class_indices_that_are_no_integers(script):
-    with pytest.raises(ValueError, match="class indices are integers"):
-        script.focal_loss(torch.zeros(2, 3), torch.tensor([0.0, 1.0]))
+def test_classes_of_a_wrong_shape_or_type_are_refused(script):
+    y = torch.tensor([0, 1])
+    for target in (y.float(), y[:, None], y[:1]):
+        with pytest.raises(ValueError, match="class indices are integers"):
+            script.focal_loss(torch.zeros(2, 3), target)
+    for classes in (y[:, None], y[:1]):
+        with pytest.raises(ValueError, match="not a class for each of 2 rows"):
+            script.masked_softmax(torch.zeros(2, 3), classes, [1, 2])
 
 
 @both

@@ -283,11 +283,10 @@ class Supernet(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x, gates=None):
-        by_stage = [[None] * len(stages) for stages in self.fusions]  # gates; None: all 1
-        if gates is not None:
-            by_stage = []
-            for stages, c in zip(self.fusions, gates, strict=True):
-                by_stage.append(split_gates(stages, c))
+        if gates is None:
+            by_stage = [[None] * len(stages) for stages in self.fusions]
+        else:
+            by_stage = [split_gates(*pair) for pair in zip(self.fusions, gates, strict=True)]
         o = [255 * x - self.mean for _ in self.trunks]
         h = [[] for _ in self.trunks]  # each network's stages before fusion
         for k in range(len(self.trunks[0])):

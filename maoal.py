@@ -280,7 +280,7 @@ def group_blocks(parameters: dict) -> dict[str, list[str]]:
     depth = depth_of_parts(parameters)
     blocks = blocks_at(parameters, depth)
     dots = [name.count(".") for name in parameters]
-    # in one container that has a norm alone beside it, as in Swin, are others
+    # Swin has one container, and a norm beside it: the blocks are a level further down
     while len(blocks) == 1 and depth < min(dots) and depth + 1 < max(dots):
         depth += 1
         blocks = blocks_at(parameters, depth)

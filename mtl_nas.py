@@ -286,7 +286,9 @@ class Supernet(nn.Module):
         if gates is None:
             by_stage = [[None] * len(stages) for stages in self.fusions]
         else:
-            by_stage = [split_gates(*pair) for pair in zip(self.fusions, gates, strict=True)]
+            by_stage = [
+                split_gates(fusions, c) for fusions, c in zip(self.fusions, gates, strict=True)
+            ]
         o = [255 * x - self.mean for _ in self.trunks]
         h = [[] for _ in self.trunks]  # each network's stages before fusion
         for k in range(len(self.trunks[0])):
@@ -355,8 +357,6 @@ def gate(alpha, relaxation: str, temperature: float = 1.0, generator=None):
         raise ValueError(f"relaxation is one of {', '.join(GATES)}, not {relaxation!r}")
     if relaxation == "deterministic":
         return alpha.sigmoid()
-    if temperature <= 0:
-        raise ValueError(f"temperature is above 0, not {temperature}")
     u = torch.rand(alpha.shape, generator=generator, dtype=alpha.dtype, device=alpha.device)
     return ((alpha + u.logit()) / temperature).sigmoid()
 

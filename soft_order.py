@@ -683,7 +683,9 @@ def build_face_network(args, num_attributes: int) -> FaceNetwork:
     """The network of the run on CelebA."""
     trunk, features = strip_classifier(build_backbone(args.backbone, args.pretrained))
     check_trunk(trunk, args.backbone, args.image_size)
-    num_tasks = num_attributes + 1 if args.landmarks else num_attributes
+    num_tasks = num_attributes
+    if args.landmarks:
+        num_tasks += 1
     core = Core(
         num_tasks,
         args.method,

@@ -218,7 +218,8 @@ def total_loss(primary_logits, auxiliary_logits, y, labels, weight):
         return l_prim.mean()
     if auxiliary_logits is None:
         raise ValueError("the primary network has no auxiliary head for these labels")
-    if isinstance(weight, torch.Tensor) and weight.dim() > 1:  # (B, 1) would be the batch's mean
+    # [C]'s weight (B, 1) is broadcast, so that it becomes the batch's mean
+    if isinstance(weight, torch.Tensor) and weight.dim() > 1:
         raise ValueError(f"weight is (B,) or one number, not {tuple(weight.shape)}")
     l_aux = focal_loss(auxiliary_logits, labels)  # (B,)
     return (l_prim + weight * l_aux).mean()

@@ -576,6 +576,15 @@ def test_masked_softmax_and_focal_loss_match_loops():
     assert image_losses((logits, logits), y).shape == (5, 1)
 
 
+def test_classes_of_a_wrong_shape_are_refused():
+    y = torch.tensor([0, 1])
+    for classes in (y[:, None], y[:1]):
+        with pytest.raises(ValueError, match="class indices are integers"):
+            auxilearn.focal_loss(torch.zeros(2, 3), classes)
+        with pytest.raises(ValueError, match="not a class for each of 2 rows"):
+            auxilearn.masked_softmax(torch.zeros(2, 3), classes, [1, 2])
+
+
 def test_a_scene_run_that_diverges_stops_with_code_3(tmp_path, capsys):
     command = (
         "--mode combine --dataset synthetic-scenes --combiner conv --upper-every 1 --device cpu"

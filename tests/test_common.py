@@ -1882,8 +1882,10 @@ def test_strip_classifier_on_users_own_modules():
     assert trunk(torch.ones(2, 7)).shape == (2, 7)
     with pytest.raises(InputError, match="no Linear"):
         common.strip_classifier(nn.Conv2d(3, 4, 3))
-    with pytest.raises(InputError, match="Sequential ends with Softmax, not with logits"):
-        common.strip_classifier(nn.Sequential(nn.Linear(7, 3), nn.Softmax(dim=1)))
+    for layer in (nn.Softmax(dim=1), nn.LogSoftmax(dim=1)):
+        kind = type(layer).__name__
+        with pytest.raises(InputError, match=f"Sequential ends with {kind}, not with logits"):
+            common.strip_classifier(nn.Sequential(nn.Linear(7, 3), layer))
 
 
 def test_images_that_do_not_fit_their_set_are_refused(synthetic):

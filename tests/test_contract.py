@@ -700,7 +700,7 @@ def test_a_non_finite_loss_stops_with_code_3(script, tmp_path, capsys):
 WRONG = [
     ("--dataset cifar1000", "KNOWN"),
     ("--dataset folder:/nowhere", "/nowhere/train"),
-    ("--backbone resnet19", "resnet18"),
+    ("--backbone resnet19", "known are FILE.py:FUNCTION, vgg16-cifar, resnet18-cifar"),
     ("--backbone nowhere.py:net", "backbone nowhere.py:net: no file /"),
     (f"--backbone {NETS}:linear_first", "last Linear"),
     (f"--backbone {NETS}:for_64_pixels", "32x32"),

@@ -112,6 +112,14 @@ def test_blocks_are_those_of_the_paper(backbone, names):
     assert maoal.partition_modules(network, "parameter") == {name: [name] for name in trunk}
 
 
+def test_a_container_in_a_container_beside_a_norm_is_one_block():
+    network = nn.Module()
+    network.features = nn.Sequential(nn.Sequential(nn.Sequential(nn.Conv2d(3, 4, 3))))
+    network.norm = nn.BatchNorm2d(4)
+    (block,) = maoal.partition_modules(network).values()
+    assert block == [name for name, _ in network.named_parameters()]
+
+
 def test_convnet4_blocks_end_with_what_follows_the_convolution():
     blocks = maoal.partition_modules(convnet4())
     assert [name.split(".")[0] for name in blocks["0"]] == ["0", "0", "1", "1"]

@@ -392,6 +392,11 @@ def test_a_network_without_auxiliary_head_is_refused(script):
         script.primary_step(primary, optimizer, x, y, labels=y)
 
 
+def test_vectors_of_another_shape_than_the_outputs_are_refused():
+    with pytest.raises(ValueError, match=r"vectors are \(3, 3\), not \(3,\)"):
+        maxl.auxiliary_loss(torch.zeros(3, 3), torch.zeros(3), latent=True)
+
+
 @both
 def test_bf16_hypergradient_points_the_same_way(script):
     torch.manual_seed(0)

@@ -225,6 +225,8 @@ def test_shares_at_the_bounds():
     assert figures["share_at_lower_bound"] == pytest.approx(2 / 6)
     assert figures["share_at_upper_bound"] == pytest.approx(2 / 6)
     assert figures["weight_mean_per_class"][1] is None
+    everybody = wamal.describe_weights(w, torch.zeros(6, dtype=torch.long), ~nobody, 5.0, 2)
+    assert "weight_mean_noisy" not in everybody, "a mean of none is no JSON"
     assert "weight_mean_noisy" not in figures
 
 

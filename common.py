@@ -1257,10 +1257,10 @@ def place_cameras(half_sides: torch.Tensor, height: int, width: int, uniform) ->
     camera = turn_about_y(yaw) @ turn_about_x(pitch)
 
     half = math.tan(math.radians(35))
-    columns = ((torch.arange(width) + 0.5) / width * 2 - 1) * half
-    rows = (1 - (torch.arange(height) + 0.5) / height * 2) * half * height / width
-    columns = columns.expand(height, width)
-    rows = rows[:, None].expand(height, width)
+    across = (torch.arange(width) + 0.5) / width * 2 - 1  # pixels' centres, from -1 to 1
+    up = 1 - (torch.arange(height) + 0.5) / height * 2
+    columns = (across * half).expand(height, width)
+    rows = (up * half * height / width)[:, None].expand(height, width)
     view = torch.stack([columns, rows, -torch.ones(height, width)]).flatten(1)  # (3, P)
     return Rays(torch.stack([x, y, z], dim=1), yaw, camera, direction=camera @ view)
 
@@ -1291,8 +1291,10 @@ def render_room(
     low = torch.stack([-x, torch.zeros_like(x), -z], dim=1)[:, :, None]
     high = torch.stack([x, room_height, z], dim=1)[:, :, None]
     wall = torch.where(rays.direction > 0, high, low)
-    rays.depth, axis = ((wall - rays.eye[:, :, None]) / rays.direction).min(dim=1)  # (n, P)
-    rays.normal = -rays.direction.sign() * F.one_hot(axis, 3).movedim(2, 1)
+    depths = (wall - rays.eye[:, :, None]) / rays.direction  # (n, 3, P)
+    rays.depth, axis = depths.min(dim=1)  # (n, P)
+    along_axis = F.one_hot(axis, 3).movedim(2, 1)
+    rays.normal = -rays.direction.sign() * along_axis
 
     up = (rays.direction[:, 1] > 0).long()
     rays.segmentation = torch.where(axis == 1, up, 2)  # floor 0, ceiling 1, wall 2
@@ -1320,11 +1322,14 @@ def render_box(
     low = torch.stack([-size[:, 0], zero, -size[:, 2]], dim=1)[:, :, None]
     high = size[:, :, None]
     planes = torch.stack([(low - start) / step, (high - start) / step])  # (2, n, 3, P)
-    enter, face = planes.amin(dim=0).max(dim=1)  # (n, P): it is inside from the last slab it enters
+    # it is inside from the last slab that it enters to the first that it leaves
+    enter, axis = planes.amin(dim=0).max(dim=1)  # (n, P)
     leave = planes.amax(dim=0).amin(dim=1)
-    hit = (enter < leave) & (enter > 0.1) & (enter < rays.depth)
+    is_first = (enter > 0.1) & (enter < rays.depth)
+    hit = (enter < leave) & is_first
 
-    outward = spin @ (-step.sign() * F.one_hot(face, 3).movedim(2, 1))
+    along_axis = F.one_hot(axis, 3).movedim(2, 1)
+    outward = spin @ (-step.sign() * along_axis)
     rays.depth = torch.where(hit, enter, rays.depth)
     rays.normal = torch.where(hit[:, None], outward, rays.normal)
     rays.segmentation = torch.where(hit, kind[:, None] + 3, rays.segmentation)
@@ -1634,8 +1639,9 @@ def augment(split: SceneSplit, index: torch.Tensor, crop: int, generator):
     j = (columns * width).long().clamp(0, width - 1)
     scene = index[:, None, None]
     segmentation = torch.where(seen, split.segmentation[scene, i, j].long(), -1)
-    normals = split.normals.movedim(1, 3)[scene, i, j].movedim(3, 1) * seen[:, None]
-    normals[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None, None]
+    normals = split.normals.movedim(1, 3)[scene, i, j]  # (B, S, S, 3)
+    normals = normals.movedim(3, 1) * seen[:, None]
+    normals[:, 0] *= torch.where(mirrored, -1.0, 1.0)[:, None, None]  # x turns around
     return x, segmentation, normals
 
 

@@ -768,10 +768,12 @@ def write_classes(folder, label_network, split, batches, image_set, device):
     for c, name in enumerate(image_set.classes):
         rows = []
         for k in owner[y == c].unique().tolist():
-            members = ((owner == k) & (y == c)).nonzero()[:, 0]
+            is_member = (owner == k) & (y == c)
+            members = is_member.nonzero()[:, 0]
             mean_label = sureness[members].mean()
             lines.append(f"{len(members):7d}   {mean_label:10.4f}   {k:15d}   {c:02d} {name}")
-            surest = members[sureness[members].argsort(descending=True)[:10]]
+            order = sureness[members].argsort(descending=True)
+            surest = members[order[:10]]
             rows.append(pictures(split.take(surest), image_set, device, width=10))
         if rows:
             grid = torch.cat(rows)
